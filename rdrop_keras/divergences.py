@@ -1,0 +1,257 @@
+"""The divergences between passes, and which one a compiled loss asks for.
+
+Pure functions of the passes' outputs. What rows weigh and how they are averaged is not decided here but in
+`objective.py`.
+
+The divergences that are linear in m come from one identity. For passes i, j of m, with bars for means over passes,
+
+    1/(m(m-1)) · Σ_{i≠j} ½ (u_i − u_j)(v_i − v_j)  =  1/(m−1) · Σ_i (u_i − ū)(v_i − v̄)  =  cov(u, v),
+
+the sample covariance over passes. The symmetric KL of Eq. 2 of the paper is ½(KL(P‖Q) + KL(Q‖P)) =
+½ Σ_c (P_c − Q_c)(log P_c − log Q_c), hence Σ_c cov(P_c, log P_c); a squared difference is 2 cov(x, x).
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+# No probability below this reaches a logarithm: the smallest normal float32. Keras clips at 1e-7, where KL and its
+# gradient stop growing at log-ratios of 16.
+_TINY = float(np.finfo("float32").tiny)
+# In place of −inf: finite, so that a class that is impossible in every pass differs by 0 and not by NaN.
+_MINUS_INFINITY = -1e30
+
+
+def _covariance(u, v):
+    """Sample covariance over axis 0, per element."""
+    num_passes = u.shape[0]
+    u = u - ops.mean(u, axis=0, keepdims=True)
+    v = v - ops.mean(v, axis=0, keepdims=True)
+    return ops.sum(u * v, axis=0) / (num_passes - 1)
+
+
+def _log(probabilities):
+    return ops.log(ops.maximum(probabilities, _TINY))
+
+
+def _softmax_pair(outputs, from_logits, axis):
+    """Probabilities and their logarithms over `axis`."""
+    if from_logits:
+        log_p = ops.log_softmax(outputs, axis=axis)
+        return ops.exp(log_p), ops.maximum(log_p, _MINUS_INFINITY)
+    return outputs, _log(outputs)
+
+
+def _kl(outputs, from_logits, axis):
+    return ops.sum(_covariance(*_softmax_pair(outputs, from_logits, axis)), axis=axis - (axis > 0))
+
+
+def _bernoulli_kl(outputs, from_logits, axis):
+    # Σ over both outcomes of cov(p, log p) is cov(p, log-odds). p − p̄ is written p q̄ − q p̄, which keeps its digits
+    # where p has rounded to 1.
+    if from_logits:
+        p, q = ops.sigmoid(outputs), ops.sigmoid(-outputs)
+        log_odds = ops.clip(outputs, _MINUS_INFINITY, -_MINUS_INFINITY)
+    else:
+        p, q = outputs, 1.0 - outputs
+        log_odds = _log(p) - _log(q)
+    p_mean = ops.mean(p, axis=0, keepdims=True)
+    q_mean = ops.mean(q, axis=0, keepdims=True)
+    log_odds = log_odds - ops.mean(log_odds, axis=0, keepdims=True)
+    divergence = ops.sum((p * q_mean - q * p_mean) * log_odds, axis=0) / (outputs.shape[0] - 1)
+    return ops.mean(divergence, axis=axis - (axis > 0))
+
+
+def _mse(outputs, from_logits, axis):
+    del from_logits
+    return ops.mean(2.0 * _covariance(outputs, outputs), axis=axis - (axis > 0))
+
+
+def _js(outputs, from_logits, axis):
+    # With M = (P+Q)/2, s = |log P − log Q| and g = log 2 − log(1 + e^−s):
+    # P log P/M + Q log Q/M = (P+Q) g − s min(P, Q). Every pair has an M of its own: this one is quadratic in m.
+    p, log_p = _softmax_pair(outputs, from_logits, axis)
+    num_passes = outputs.shape[0]
+    total = 0.0
+    for i in range(num_passes):
+        for j in range(i):
+            s = ops.abs(log_p[i] - log_p[j])
+            g = -ops.log1p(0.5 * ops.expm1(-s))
+            total = total + (p[i] + p[j]) * g - s * ops.minimum(p[i], p[j])
+    return ops.sum(total, axis=axis - (axis > 0)) / (num_passes * (num_passes - 1))
+
+
+_FUNCTIONS = {"bernoulli_kl": _bernoulli_kl, "js": _js, "kl": _kl, "mse": _mse}
+NAMES = tuple(sorted(_FUNCTIONS))
+
+_REGRESSION = (
+    keras.losses.huber,
+    keras.losses.log_cosh,
+    keras.losses.mean_absolute_error,
+    keras.losses.mean_absolute_percentage_error,
+    keras.losses.mean_squared_error,
+    keras.losses.mean_squared_logarithmic_error,
+)
+_SOFTMAX = (
+    keras.losses.categorical_crossentropy,
+    keras.losses.categorical_focal_crossentropy,
+    keras.losses.kl_divergence,
+    keras.losses.sparse_categorical_crossentropy,
+)
+_SIGMOID = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+# What `divergence="auto"` chooses. Losses that say too little of what the outputs are (hinge, Poisson, cosine, Dice,
+# CTC, one's own) are left out: the user chooses.
+_OF_LOSS = {
+    **dict.fromkeys(_REGRESSION, "mse"),
+    **dict.fromkeys(_SIGMOID, "bernoulli_kl"),
+    **dict.fromkeys(_SOFTMAX, "kl"),
+}
+
+
+@keras.saving.register_keras_serializable(package="rdrop_keras")
+class Divergence:
+    """A divergence between the output distributions of m passes, averaged over all ordered pairs of passes.
+
+    `1/(m(m-1)) · Σ_{i≠j} D(P_i ‖ P_j)`, per element of the batch, in float32 or wider. `D` is one of
+
+    - `"kl"`: ½(KL(P‖Q) + KL(Q‖P)) over the class axis (Eq. 2 of the paper);
+    - `"bernoulli_kl"`: the same for each of many Bernoulli variables, averaged over the last axis;
+    - `"mse"`: the squared difference, averaged over the last axis (appendix A.4, STS-B);
+    - `"js"`: the Jensen–Shannon divergence over the class axis.
+
+    All but `"js"` take time linear in m.
+
+    Args:
+        name: `"kl"`, `"bernoulli_kl"`, `"mse"` or `"js"`.
+        from_logits: Whether the outputs are logits (`True`) or probabilities (`False`). `None`, the default, takes it
+            from the compiled loss. `"mse"` has no use for it.
+        axis: The class axis, or the axis averaged over, counted as in the model's output. `None`, the default, takes
+            it from the compiled loss, and is −1 where that has none.
+
+    Raises:
+        ValueError: For an unknown `name`.
+
+    Called with a tensor of shape `(m, batch, …)`, the outputs of m passes, it returns their divergence, of shape
+    `(batch, …)` without `axis`. It is then an error if `from_logits` is needed and not given, or if there are fewer
+    than two passes or two classes.
+
+    Example:
+
+    >>> logits = keras.ops.array([[[40.0, 0.0, 0.0]], [[0.0, 40.0, 0.0]]])
+    >>> rdrop_keras.Divergence("kl", from_logits=True)(logits)
+    [40.]
+    """
+
+    def __init__(self, name, from_logits=None, axis=None):
+        if name not in _FUNCTIONS:
+            raise ValueError(f"A divergence must be one of {', '.join(map(repr, NAMES))}. Received: name={name!r}.")
+        if from_logits not in (None, True, False):
+            raise ValueError(f"`from_logits` must be True, False or None. Received: from_logits={from_logits!r}.")
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis == 0):
+            raise ValueError(
+                f"`axis` must be an integer other than 0, which is the batch, or None. Received: axis={axis!r}."
+            )
+        self.name = name
+        self.from_logits = from_logits
+        self.axis = axis
+
+    def __call__(self, outputs):
+        if self.from_logits is None and self.name != "mse":
+            raise ValueError(
+                f"Divergence {self.name!r} must know whether the outputs are logits or probabilities. "
+                f"Pass `from_logits=True` or `from_logits=False`. Received: {self}."
+            )
+        outputs = ops.convert_to_tensor(outputs)
+        outputs = ops.cast(outputs, keras.backend.result_type(outputs.dtype, "float32"))
+        if outputs.shape[0] is None or outputs.shape[0] < 2:
+            raise ValueError(
+                f"A divergence needs the outputs of at least two passes on axis 0. Received: shape={outputs.shape}."
+            )
+        if len(outputs.shape) == 2:
+            outputs = ops.expand_dims(outputs, axis=-1)  # One output a row, as Keras's losses see it.
+        # A positive axis counts from the batch, which the axis of passes has moved by one.
+        axis = -1 if self.axis is None else self.axis + (self.axis > 0)
+        if self.name in ("js", "kl") and outputs.shape[axis] == 1:
+            raise ValueError(
+                f"Divergence {self.name!r} is 0 over a single class. For one sigmoid output a row use 'bernoulli_kl'. "
+                f"Received: outputs of shape {tuple(outputs.shape)} (passes, batch, …), axis={self.axis}."
+            )
+        return _FUNCTIONS[self.name](outputs, self.from_logits, axis)
+
+    def get_config(self):
+        return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __eq__(self, other):
+        return type(other) is type(self) and other.get_config() == self.get_config()
+
+    def __hash__(self):
+        return hash((self.name, self.from_logits, self.axis))
+
+    def __repr__(self):
+        return f"Divergence({self.name!r}, from_logits={self.from_logits}, axis={self.axis})"
+
+
+def resolve(divergence, loss, output):
+    """The `Divergence` for one output, what it leaves open filled in from its compiled loss.
+
+    Args:
+        divergence: A name, `"auto"` or a `Divergence`.
+        loss: What was compiled for the output: a Keras loss, its name, or any callable.
+        output: The output's name, for messages; None if it has none.
+
+    Raises:
+        ValueError: If the loss does not tell what is left open.
+    """
+    if not isinstance(divergence, (str, Divergence)):
+        raise TypeError(
+            f"`divergence` must be 'auto', one of {', '.join(map(repr, NAMES))}, a `rdrop_keras.Divergence`, or a dict "
+            f"or list of these, one per output. Received: divergence={divergence!r} ({type(divergence).__name__})."
+        )
+    loss = keras.losses.get(loss)
+    function = _builtin_function(loss)
+    where = "the model's output" if output is None else f"output {output!r}"
+    if isinstance(divergence, str) and divergence == "auto":
+        if function is None:
+            raise ValueError(
+                f"`divergence='auto'` cannot read a divergence off the loss of {where}: {_describe(loss)}. Pass "
+                f"`divergence=rdrop_keras.Divergence(name, from_logits=...)` with name one of "
+                f"{', '.join(map(repr, NAMES))}; for several outputs, a dict with one for each."
+            )
+        divergence = _OF_LOSS[function]
+    if isinstance(divergence, str):
+        divergence = Divergence(divergence)
+    config = loss.get_config() if function is not None and function is not loss else {}
+    from_logits = divergence.from_logits
+    if from_logits is None and divergence.name != "mse":
+        if function not in _SOFTMAX + _SIGMOID:
+            raise ValueError(
+                f"The loss of {where}, {_describe(loss)}, does not tell whether that output holds logits or "
+                f"probabilities, which divergence {divergence.name!r} must know. Pass "
+                f"`divergence=rdrop_keras.Divergence({divergence.name!r}, from_logits=...)`."
+            )
+        from_logits = bool(config.get("from_logits", False))
+    axis = config.get("axis", -1) if divergence.axis is None else divergence.axis
+    return Divergence(divergence.name, from_logits, axis)
+
+
+def ignored_class(loss):
+    """The label that `loss` leaves out of its sum and denominator, or None (`SparseCategoricalCrossentropy`)."""
+    return None if _builtin_function(loss) is None else loss.get_config().get("ignore_class")
+
+
+def _builtin_function(loss):
+    """The function of `keras.losses` in `_OF_LOSS` that `loss` is or wraps, else None."""
+    if isinstance(loss, keras.losses.Loss):
+        # A subclass with a `call` of its own may read the outputs in another way.
+        if type(loss).call is not keras.losses.MeanSquaredError.call:
+            return None
+        loss = loss.fn
+    return next((function for function in _OF_LOSS if function is loss), None)
+
+
+def _describe(loss):
+    return getattr(loss, "__name__", None) or type(loss).__name__

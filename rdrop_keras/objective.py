@@ -1,0 +1,191 @@
+"""The objective of R-Drop as a compiled loss.
+
+For m passes with outputs P_1..P_m of one batch (half the paper's Eq. 4 for m = 2; its section 4.3 for m > 2):
+
+    L = 1/m · [ Σ_i loss(y, P_i)  +  α / (m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j) ]
+
+How the passes are made is the business of `pairing.py`, what D is that of `divergences.py`.
+"""
+
+import contextvars
+
+import keras
+from keras import ops, tree
+
+from rdrop_keras import _keras, divergences, pairing
+
+# The weighted divergences of a paired step's outputs; a context variable for the reason given in `pairing.py`.
+_terms = contextvars.ContextVar("rdrop_keras_terms")
+
+
+class RDropLoss(_keras.CompileLoss):
+    """What `Model.compile` makes of `loss`, with the consistency term added in paired steps.
+
+    In any other step it is Keras's compiled loss and nothing else. To its value Keras adds what layers gave to
+    `add_loss`, scales the sum for mixed precision and takes the gradient. The consistency term joins here rather than
+    through `add_loss` because here it is known which target, weight and mask an output has, and because it then
+    carries its loss's own scale under `tf.distribute`, where Keras gives all `add_loss` terms that of a mean.
+
+    Args:
+        loss, loss_weights, output_names: As for `CompileLoss`.
+        alpha: α.
+        divergence: What `RDropModel` takes.
+        task_loss, consistency_loss: `keras.metrics.Mean`, updated in paired steps with the mean over passes of the
+            compiled loss, and with the consistency term without α.
+
+    Raises:
+        ValueError: If `divergence` fits the losses or the outputs not; here where the names of losses and outputs
+            tell, else when the first step has shown the outputs.
+    """
+
+    def __init__(self, loss, loss_weights, output_names, *, alpha, divergence, task_loss, consistency_loss):
+        super().__init__(loss, loss_weights, output_names=output_names)
+        self.alpha = alpha
+        self.divergence = divergence
+        self.task_loss = task_loss
+        self.consistency_loss = consistency_loss
+        if output_names is not None:
+            _check_outputs(divergence, output_names)
+        if not tree.is_nested(divergence):
+            for name, leaf in _named_losses(loss, output_names or []):
+                # Keras chooses between three losses for "crossentropy" when it has seen the targets.
+                if leaf is not None and str(leaf).lower() not in ("ce", "crossentropy"):
+                    divergences.resolve(divergence, leaf, name)
+
+    def build(self, y_true, y_pred):
+        super().build(y_true, y_pred)
+        num_outputs = len(tree.flatten(y_pred))
+        names = list(self.output_names or _keys(y_pred) or range(num_outputs))
+        _check_outputs(self.divergence, names)
+        positions = tree.pack_sequence_as(y_pred, list(range(num_outputs)))
+        seen = set()
+        losses = []
+        for compiled in self._flat_losses:
+            position = positions
+            for key in compiled.path:
+                position = position[key]
+            if tree.is_nested(position):
+                raise ValueError(
+                    "R-Drop needs a loss for each output tensor. Received: one loss for the nested output at "
+                    f"{'/'.join(map(str, compiled.path))!r}."
+                )
+            divergence = None
+            if position not in seen:  # Two losses on one output: its divergence counts once.
+                chosen = _choose(self.divergence, compiled.path, position, names[position])
+                name = names[position] if num_outputs > 1 else self.output_names and names[0]
+                divergence = divergences.resolve(chosen, compiled.loss, name)
+            seen.add(position)
+            losses.append(compiled._replace(loss=_PassesLoss(compiled.loss, compiled.loss_weights, divergence)))
+        self._flat_losses = losses
+
+    def call(self, y_true, y_pred, sample_weight=None):
+        num_passes = pairing.passes_in_step()
+        if num_passes == 1:
+            return super().call(y_true, y_pred, sample_weight)
+        token = _terms.set([])
+        try:
+            task = super().call(y_true, y_pred, sample_weight)
+            consistency = sum(_terms.get())
+        finally:
+            _terms.reset(token)
+        rows = ops.shape(tree.flatten(y_pred)[0])[0]
+        for tracker, value in ((self.task_loss, task), (self.consistency_loss, consistency)):
+            tracker.update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
+        return task + self.alpha / num_passes * consistency
+
+
+class _PassesLoss:
+    """The loss of one output; in a paired step its mean over passes, with the output's divergence put to `_terms`."""
+
+    def __init__(self, loss, loss_weight, divergence):
+        self.loss = loss
+        self.loss_weight = loss_weight
+        self.divergence = divergence
+        self.ignored_class = divergences.ignored_class(loss)
+        self.reduction = _AsGiven(reduction=loss.reduction, dtype=loss.dtype, name="consistency")
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        num_passes = pairing.passes_in_step()
+        if num_passes == 1:
+            return self.loss(y_true, y_pred, sample_weight)
+        passes = pairing.split(y_pred, num_passes)
+        if self.divergence is not None:
+            term = self._consistency(y_true, y_pred, [_keras.get_keras_mask(p) for p in passes], sample_weight)
+            _terms.get().append(term if self.loss_weight is None else self.loss_weight * term)
+        return sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
+
+    def _consistency(self, y_true, y_pred, masks, sample_weight):
+        """1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), with the weights, the mask and the denominator of the loss."""
+        divergence = self.divergence
+        logits = _keras.keras_logits(y_pred)
+        if divergence.from_logits is False and logits is not None:
+            # The probabilities came out of a softmax or sigmoid: its inputs have not been rounded to 0 and 1.
+            y_pred, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
+        values = divergence(pairing.stack(y_pred, len(masks)))
+        masks = [mask for mask in masks if mask is not None]
+        if self.ignored_class is not None:
+            counts = ops.not_equal(y_true, ops.cast(self.ignored_class, y_true.dtype))
+            masks.append(ops.reshape(counts, ops.shape(values)))
+        if masks:
+            mask = ops.cast(masks[0], "bool")
+            for other in masks[1:]:
+                mask = ops.logical_and(mask, other)
+            _keras.set_keras_mask(values, mask)
+        return ops.cast(self.reduction(values, values, sample_weight), self.loss.dtype)
+
+
+class _AsGiven(keras.losses.Loss):
+    """Keras's own weighting, masking, reduction and scaling for replicas, of values that are there already."""
+
+    def call(self, y_true, y_pred):
+        return y_pred
+
+
+def _named_losses(loss, output_names):
+    """`(output name or None, loss)` for each loss given to `compile`."""
+    if isinstance(loss, dict):
+        groups = loss.items()
+    elif isinstance(loss, (list, tuple)) and len(loss) == len(output_names):
+        groups = zip(output_names, loss)
+    else:
+        groups = [(output_names[0] if len(output_names) == 1 else None, loss)]
+    return [(name, leaf) for name, group in groups for leaf in tree.flatten(group)]
+
+
+def _keys(y_pred):
+    return list(y_pred) if isinstance(y_pred, dict) and not any(map(tree.is_nested, y_pred.values())) else None
+
+
+def _check_outputs(divergence, names):
+    """Raises if a dict or list of divergences does not fit outputs called `names`."""
+    if isinstance(divergence, dict) and not any(map(tree.is_nested, divergence.values())):
+        unknown = sorted(set(divergence) - set(names))
+        if unknown:
+            raise ValueError(
+                f"The keys of `divergence` must be names of outputs: {', '.join(map(repr, names))}. "
+                f"Received: {', '.join(map(repr, unknown))}."
+            )
+    elif isinstance(divergence, (list, tuple)) and len(tree.flatten(divergence)) != len(names):
+        raise ValueError(
+            f"`divergence` must have one entry for each of the {len(names)} outputs; None for an output without a "
+            f"loss. Received: {len(tree.flatten(divergence))} entries."
+        )
+
+
+def _choose(divergence, path, position, name):
+    """What `divergence` holds for one output."""
+    chosen = divergence
+    if isinstance(divergence, (list, tuple)):
+        chosen = tree.flatten(divergence)[position]
+    elif isinstance(divergence, dict):
+        chosen = divergence.get(name)
+        node = divergence
+        for key in path if chosen is None else ():
+            node = node.get(key) if isinstance(node, dict) else node[key] if isinstance(node, (list, tuple)) else node
+        chosen = node if chosen is None else chosen
+    if chosen is None or tree.is_nested(chosen):
+        raise ValueError(
+            f"`divergence` must have an entry for every output with a loss. Received: none for output {name!r} in "
+            f"{divergence!r}."
+        )
+    return chosen
