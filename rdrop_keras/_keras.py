@@ -14,6 +14,7 @@ __all__ = [
     "all_layers",
     "copy_annotations",
     "get_keras_mask",
+    "has_seed",
     "keras_logits",
     "set_keras_mask",
     "strategy_of",
@@ -25,6 +26,11 @@ __all__ = [
 def all_layers(model):
     """`model` and all layers below it; `Layer.layers` exists on models only."""
     return list(model._flatten_layers())
+
+
+def has_seed(layer):
+    """Whether `layer` itself owns a `SeedGenerator`; `Layer.variables` mixes their states with those of sublayers."""
+    return bool(layer._seed_generators)
 
 
 def takes_training(layer):

@@ -165,7 +165,8 @@ class Divergence:
         outputs = ops.cast(outputs, keras.backend.result_type(outputs.dtype, "float32"))
         if outputs.shape[0] is None or outputs.shape[0] < 2:
             raise ValueError(
-                f"A divergence needs the outputs of at least two passes on axis 0. Received: shape={outputs.shape}."
+                f"A divergence needs the outputs of at least two passes on axis 0. Received: "
+                f"shape={tuple(outputs.shape)}."
             )
         if len(outputs.shape) == 2:
             outputs = ops.expand_dims(outputs, axis=-1)  # One output a row, as Keras's losses see it.

@@ -101,6 +101,8 @@ class RDropModel(keras.Model):
         self.built = model.built
         self._task_loss = keras.metrics.Mean(name="task_loss")
         self._consistency_loss = keras.metrics.Mean(name="consistency_loss")
+        # `alpha=0` draws nothing that the model alone would not draw.
+        self._torch_seed = random_state.torch_seed() if self.alpha else None
         # By this Keras's trainers (3.15.1) decide whether to pass `training`: the answer is the model's.
         self._call_has_training_arg = _keras.takes_training(model)
         self._evaluating = False
@@ -153,7 +155,7 @@ class RDropModel(keras.Model):
         if not self.alpha:
             return super().train_step(*args)
         self._check_stochastic()
-        with pairing.paired_step(self.num_passes):
+        with pairing.paired_step(self.num_passes), random_state.drawing_from(self._torch_seed):
             return super().train_step(*args)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -185,10 +187,10 @@ class RDropModel(keras.Model):
         return self.model.export(filepath, *args, **kwargs)
 
     def save_own_variables(self, store):
-        random_state.save(self.model, store)
+        random_state.save(store, self.model, self._torch_seed)
 
     def load_own_variables(self, store):
-        random_state.load(self.model, store)
+        random_state.load(store, self.model, self._torch_seed)
 
     def get_config(self):
         return {

@@ -108,11 +108,8 @@ def stochastic_layers(model):
     active, inactive, opaque = [], [], []
     for layer in _keras.all_layers(model):
         attributes = vars(layer)
-        rates = {
-            name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)
-        }
-        seeded = any(isinstance(value, keras.random.SeedGenerator) for value in attributes.values())
-        if seeded or (rates and _DROPOUT.search(type(layer).__name__)):
+        rates = {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
+        if _keras.has_seed(layer) or (rates and _DROPOUT.search(type(layer).__name__)):
             if rates and not any(rates.values()):
                 inactive.append((layer, rates))
             else:

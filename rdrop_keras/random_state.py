@@ -1,54 +1,65 @@
 """The state of a model's random generators, so that training resumed from a file draws the masks it would have drawn.
 
-Keras saves weights and the optimizer, not this.
+Keras saves weights and the optimizer, not this. On PyTorch, moreover, its dropout without a seed draws from the
+generator of the process, which is no part of a model; there a paired step draws from a seed of the wrapper's own.
 """
 
+import contextlib
 import warnings
 
 import keras
 
 
-def save(model, store):
-    """Writes the states to `store`, a mapping from names to arrays."""
-    for i, seed in enumerate(_seeds(model)):
-        store[f"seed_{i}"] = seed
-    if keras.backend.backend() == "torch":
-        for name, (get, _) in _torch_generators().items():
-            store[name] = get().numpy()
+def torch_seed():
+    """A `SeedGenerator` started from PyTorch's generator; None on other backends, where layers have their own."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    return keras.random.SeedGenerator(int(torch.randint(2**31, ())))
 
 
-def load(model, store):
-    """Puts back what `save` wrote; leaves everything as it is, with a warning, if the model has other generators."""
-    saved = sorted(key for key in store.keys() if key.startswith("seed_"))  # noqa: SIM118, an HDF5 group
-    seeds = _seeds(model)
-    if saved and len(saved) != len(seeds):
+@contextlib.contextmanager
+def drawing_from(seed):
+    """PyTorch's random numbers within come from `seed` and leave its generators as they were; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(keras.ops.sum(seed.next())))
+        yield
+
+
+def save(store, model, seed):
+    """Writes to `store`, a mapping from names to arrays, the states of the generators of `model`, and of `seed`."""
+    for i, state in enumerate(_states(model)):
+        store[f"seed_{i}"] = state
+    if seed is not None:
+        store["torch_seed"] = seed.state
+
+
+def load(store, model, seed):
+    """Puts back what `save` wrote; with a warning leaves all as it is if the model has other generators."""
+    names = list(store.keys())
+    saved = [name for name in names if name.startswith("seed_")]
+    states = _states(model)
+    if saved and len(saved) != len(states):
         warnings.warn(
-            f"The file holds the states of {len(saved)} random generators, and the model has {len(seeds)}: they were "
+            f"The file holds the states of {len(saved)} random generators, and the model has {len(states)}: they were "
             "not restored, so that dropout masks will not continue those of the saved run. Weights are not affected.",
             stacklevel=2,
         )
         return
-    for i, seed in enumerate(seeds if saved else ()):
-        seed.assign(store[f"seed_{i}"])
-    if keras.backend.backend() == "torch":
-        import torch
-
-        for name, (_, put) in _torch_generators().items():
-            if name in store.keys():  # noqa: SIM118
-                put(torch.tensor(store[name][:], dtype=torch.uint8))
+    for i, state in enumerate(states if saved else ()):
+        state.assign(store[f"seed_{i}"])
+    if seed is not None and "torch_seed" in names:
+        seed.state.assign(store["torch_seed"])
 
 
-def _seeds(model):
-    """The state variables of the model's `SeedGenerator`s: what `variables` has over `weights`."""
+def _states(model):
+    """The variables of the model's `SeedGenerator`s: what `variables` has over `weights`."""
     weights = {id(variable) for variable in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
-
-
-def _torch_generators():
-    """Getters and setters of PyTorch's global generators, from which Keras's dropout without a seed draws there."""
-    import torch
-
-    generators = {"torch_cpu": (torch.get_rng_state, torch.set_rng_state)}
-    if torch.cuda.is_available():
-        generators["torch_cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
-    return generators
