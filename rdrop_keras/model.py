@@ -106,12 +106,16 @@ class RDropModel(keras.Model):
         # By this Keras's trainers (3.15.1) decide whether to pass `training`: the answer is the model's.
         self._call_has_training_arg = _keras.takes_training(model)
         self._evaluating = False
-        self._known_stochastic = False
-        if model.built:
-            self._check_stochastic()
+        self._known_stochastic = model.built
+        if self.alpha and model.built:
+            pairing.check_stochastic(model)
 
     def call(self, inputs, training=None):
-        return pairing.forward(self.model, inputs, training)
+        outputs = pairing.forward(self.model, inputs, training)
+        if pairing.passes_in_step() > 1 and not self._known_stochastic:  # Now that all layers exist.
+            pairing.check_stochastic(self.model)
+            self._known_stochastic = True
+        return outputs
 
     def stateless_call(self, *args, **kwargs):
         # Keras's JAX trainer (3.15.1) calls `model.call` itself, with no call context: in a model that does not hand
@@ -154,7 +158,6 @@ class RDropModel(keras.Model):
     def train_step(self, *args):
         if not self.alpha:
             return super().train_step(*args)
-        self._check_stochastic()
         with pairing.paired_step(self.num_passes), random_state.drawing_from(self._torch_seed):
             return super().train_step(*args)
 
@@ -209,11 +212,6 @@ class RDropModel(keras.Model):
         }
         return cls(**{**config, **nested})
 
-    def _check_stochastic(self):
-        if self.alpha and not self._known_stochastic:
-            pairing.check_stochastic(self.model)
-            self._known_stochastic = True
-
     @contextlib.contextmanager
     def _reporting(self, evaluation):
         """While `evaluation`, the logs are those of the wrapped model."""
@@ -233,7 +231,7 @@ def _check_model(model):
         raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
     if isinstance(model, RDropModel):
         raise ValueError(
-            f"`model` is an RDropModel already; wrap `model.model`, the model inside it. Received: model={model.name!r}."
+            f"`model` is an RDropModel already; wrap the model inside it, `model.model`. Received: {model.name!r}."
         )
     pipeline = preprocessing.pipeline_class(model)
     for method in _REPLACED:

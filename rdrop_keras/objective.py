@@ -54,6 +54,7 @@ class RDropLoss(_keras.CompileLoss):
 
     def build(self, y_true, y_pred):
         super().build(y_true, y_pred)
+        self.built = False  # Until all is checked: after an error PyTorch's symbolic build tries once more.
         num_outputs = len(tree.flatten(y_pred))
         names = list(self.output_names or _keys(y_pred) or range(num_outputs))
         _check_outputs(self.divergence, names)
@@ -77,6 +78,7 @@ class RDropLoss(_keras.CompileLoss):
             seen.add(position)
             losses.append(compiled._replace(loss=_PassesLoss(compiled.loss, compiled.loss_weights, divergence)))
         self._flat_losses = losses
+        self.built = True
 
     def call(self, y_true, y_pred, sample_weight=None):
         num_passes = pairing.passes_in_step()
