@@ -1,0 +1,233 @@
+"""Files: reload and go on, weights, configuration, export."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, losses, ops
+from models import mlp, to_numpy
+
+from rdrop_keras import Divergence, RDropModel
+
+BACKEND = keras.backend.backend()
+X = np.random.RandomState(0).normal(size=(40, 4)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.dense, self.dropout, self.head = layers.Dense(units), layers.Dropout(0.3), layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        return self.head(self.dropout(self.dense(inputs), training=training))
+
+    def get_config(self):
+        return {"units": self.units, "name": self.name}
+
+
+def functional():
+    x = keras.Input((4,))
+    h = layers.BatchNormalization()(layers.Dense(8, activation="relu")(x))
+    return keras.Model(x, layers.Dense(3)(layers.Dropout(0.3)(h)))
+
+
+MODELS = {"functional": functional, "sequential": lambda: mlp(seed=None), "subclassed": lambda: Subclassed(6)}
+
+
+def trained(model, **kwargs):
+    model = RDropModel(model, alpha=3.0, **kwargs)
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.01, 5, 0.9)),
+        losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    fit(model)
+    return model
+
+
+def fit(model):
+    return model.fit(X, Y, batch_size=16, shuffle=False, verbose=0).history
+
+
+def assert_same_state(first, second):
+    for a, b in zip(
+        first.weights + first.optimizer.variables, second.weights + second.optimizer.variables, strict=True
+    ):
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_reloaded_it_goes_on_where_it_stopped(name, tmp_path):
+    model = trained(MODELS[name](), divergence="js", num_passes=3)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")  # In safe mode, Keras's default.
+    assert type(again) is RDropModel and type(again.model) is type(model.model)
+    assert again.compiled and again.get_config()["num_passes"] == 3 and again.divergence == "js"
+    assert_same_state(model, again)
+    np.testing.assert_allclose(again.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6, atol=1e-7)
+    uninterrupted, resumed = fit(model), fit(again)  # With the same dropout masks.
+    assert sorted(resumed) == ["accuracy", "consistency_loss", "loss", "task_loss"]
+    for key, values in uninterrupted.items():
+        assert resumed[key] == pytest.approx(values, rel=1e-6)
+    assert_same_state(model, again)
+
+
+def test_weights_files(tmp_path):
+    model = trained(functional())
+    model.save_weights(tmp_path / "model.weights.h5")
+    again = RDropModel(functional())
+    again.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(again.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
+    plain = RDropModel(functional(), alpha=0)
+    plain.load_weights(tmp_path / "model.weights.h5")
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    again.load_weights(tmp_path / "plain.weights.h5")
+    np.testing.assert_allclose(again.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
+    model.model.save_weights(tmp_path / "bare.weights.h5")
+    bare = functional()
+    bare.load_weights(tmp_path / "bare.weights.h5")
+    np.testing.assert_allclose(bare.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
+
+
+def test_other_random_generators_are_no_reason_to_lose_weights(tmp_path):
+    def model(rates):
+        x = h = keras.Input((4,))
+        for rate in rates:
+            h = layers.Dropout(rate)(h)
+        return RDropModel(keras.Model(x, layers.Dense(3)(h)))
+
+    first, other = model([0.1, 0.2]), model([0.1, 0.0])
+    first.save_weights(tmp_path / "model.weights.h5")
+    with pytest.warns(UserWarning, match=r"states of 2 random generators, and the model has 1.*Weights are not"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(other.predict(X, verbose=0), first.predict(X, verbose=0))
+
+
+@pytest.mark.parametrize("divergence", ["auto", Divergence("js", from_logits=True), {"out": Divergence("kl")}, ["mse"]])
+def test_configuration(divergence):
+    model = RDropModel(mlp(), 2.5, divergence=divergence, num_passes=4, name="mine")
+    again = RDropModel.from_config(model.get_config())
+    assert again.name == "mine" and again.alpha == 2.5 and again.num_passes == 4 and again.divergence == divergence
+    assert [layer.name for layer in again.model.layers] == [layer.name for layer in model.model.layers]
+    assert not again.compiled
+
+
+def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
+    model = trained(functional())
+    model.model.save(tmp_path / "plain.keras")
+    code = f"""
+    import sys, keras, numpy as np
+    sys.modules["rdrop_keras"] = None
+    model = keras.models.load_model({str(tmp_path / "plain.keras")!r})
+    np.save({str(tmp_path / "outputs.npy")!r}, model.predict(np.load({str(tmp_path / "x.npy")!r}), verbose=0))
+    """
+    np.save(tmp_path / "x.npy", X)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_model(name, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    model = trained(MODELS[name]())
+    expected = model.predict(X, verbose=0)
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    for rows in (1, 7, 40):
+        np.testing.assert_allclose(served.serve(tf.constant(X[:rows])), expected[:rows], rtol=1e-5, atol=1e-6)
+    assert len(served.variables) == len(model.model.variables)
+
+
+@pytest.mark.backends("tensorflow", "jax")
+def test_saved_model_of_two_inputs(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    h = layers.Dropout(0.2)(layers.Concatenate()([a, b]))
+    model = RDropModel(keras.Model({"a": a, "b": b}, layers.Dense(3)(h)))
+    model.export(tmp_path / "exported", verbose=False)
+    served = tf.saved_model.load(tmp_path / "exported")
+    x = {"a": X, "b": 2 * X}
+    np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.backends("torch")
+def test_onnx(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    model = trained(functional())
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: X})
+    np.testing.assert_allclose(outputs, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_export_format():
+    with pytest.raises(ValueError, match="format"):
+        RDropModel(mlp()).export("nowhere", format="paper")
+
+
+TRAINING = """
+import os, signal, sys
+import keras, numpy as np
+sys.path[:0] = {path!r}
+from test_saving import X, Y, functional
+from rdrop_keras import RDropModel
+
+keras.utils.set_random_seed(5)
+model = RDropModel(functional(), alpha=3.0)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if sys.argv[2] == "kill" and self.params["epochs"] == 4 and self.epoch == 2 and batch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+model.fit(X, Y, epochs=4, batch_size=8, shuffle=False, verbose=0,
+          callbacks=[keras.callbacks.BackupAndRestore(sys.argv[1] + "/backup"), Kill()])
+np.savez(sys.argv[1] + "/weights.npz", *model.get_weights())
+"""
+
+
+def test_killed_and_restored_it_equals_an_uninterrupted_run(tmp_path):
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING.format(path=[os.path.dirname(__file__)]))
+
+    def run(folder, mode):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return subprocess.run([sys.executable, str(script), str(tmp_path / folder), mode]).returncode
+
+    assert run("whole", "go on") == 0
+    assert run("killed", "kill") == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "weights.npz").exists()
+    assert run("killed", "go on") == 0
+    whole, killed = np.load(tmp_path / "whole/weights.npz"), np.load(tmp_path / "killed/weights.npz")
+    for name in whole:
+        np.testing.assert_allclose(killed[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_own_loss_and_metric_come_back(tmp_path):
+    @keras.saving.register_keras_serializable("tests")
+    def own_loss(y_true, y_pred):
+        return ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+    model = RDropModel(mlp(), divergence="mse")
+    model.compile("sgd", own_loss, metrics=[keras.metrics.MeanAbsoluteError(name="mae")])
+    y = np.zeros((40, 3), "float32")
+    model.fit(X, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.fit(X, y, verbose=0).history.keys() == {"consistency_loss", "loss", "mae", "task_loss"}
