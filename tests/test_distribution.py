@@ -1,0 +1,140 @@
+"""n replicas give the numbers of one; on logical devices of one CPU."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, losses, ops
+from models import mlp, to_numpy
+
+from rdrop_keras import RDropModel
+
+X = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
+W = np.random.RandomState(1).uniform(0, 2, size=16).astype("float32")
+
+
+class NoiseOfTheRow(layers.Layer):
+    """Scales rows by what depends on the row and on its pass alone, however the batch is dealt to replicas."""
+
+    def call(self, inputs, training=None):
+        if not training:
+            return inputs
+        rows = ops.shape(inputs)[0]
+        second = ops.cast(ops.arange(rows) >= rows // 2, inputs.dtype)[:, None]
+        return inputs * (1 + 0.5 * second * ops.cos(7 * inputs))
+
+
+def model(reduction="sum_over_batch_size"):
+    keras.utils.set_random_seed(2)
+    x = keras.Input((4,))
+    h = NoiseOfTheRow()(layers.Dense(8, activation="tanh")(x))
+    model = RDropModel(keras.Model(x, layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))(h)), alpha=4.0)
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
+    return model
+
+
+def steps(model, weighted):
+    history = model.fit(
+        X,
+        Y,
+        sample_weight=W if weighted else None,
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        validation_data=(X, Y),
+    ).history
+    return history, [to_numpy(w) for w in model.weights]
+
+
+def assert_same(first, second):
+    assert first[0].keys() == second[0].keys()
+    for key, values in first[0].items():
+        assert second[0][key] == pytest.approx(values, rel=1e-5), key
+    for a, b in zip(first[1], second[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def mirrored(replicas):
+    import tensorflow as tf
+
+    # Collective operations would keep the first group size for the whole process.
+    reduction = tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)], cross_device_ops=reduction)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_mirrored_strategy(replicas, reduction, weighted):
+    with mirrored(replicas).scope():
+        distributed = model(reduction)
+    history, weights = steps(distributed, weighted)
+    expected, expected_weights = steps(model(reduction), weighted)
+    if reduction == "sum":
+        # Keras logs the mean over replicas of n times each replica's sum, plus a regularizer counted n times over
+        # (the same for a plain model): only what it trains on is compared.
+        history = {k: v for k, v in history.items() if k in ("accuracy", "task_loss", "consistency_loss")}
+        expected = {k: v for k, v in expected.items() if k in history}
+    assert_same((history, weights), (expected, expected_weights))
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 2}])
+def test_mirrored_dropout_and_batch_normalization(mode):
+    with mirrored(2).scope():
+        x = keras.Input((4,))
+        h = layers.Dropout(0.3)(layers.BatchNormalization()(x))
+        distributed = RDropModel(keras.Model(x, layers.Dense(3)(h)), alpha=2.0)
+        distributed.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True), **mode)
+    history = distributed.fit(X[:14], Y[:14], batch_size=6, epochs=4, verbose=0, validation_data=(X, Y)).history
+    assert all(value > 0 for value in history["consistency_loss"])
+    assert history["loss"] == pytest.approx(
+        np.array(history["task_loss"]) + np.array(history["consistency_loss"]), rel=1e-5
+    )
+    assert history["val_loss"][-1] < history["val_loss"][0]
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("inside", ["model", "wrapper"])
+def test_scopes_must_agree(inside):
+    scope = mirrored(2).scope()
+    with scope if inside == "model" else contextlib.nullcontext():
+        inner = mlp()
+    scope = mirrored(2).scope() if inside == "wrapper" else contextlib.nullcontext()
+    with scope, pytest.raises(ValueError, match=r"under the same `strategy.scope\(\)`.*made under (Mirrored|no )"):
+        RDropModel(inner)
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_data_parallel(devices, reduction):
+    expected = steps(model(reduction), weighted=True)
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:devices])
+    )
+    try:
+        distributed = model(reduction)
+        assert len(distributed.weights[0].value.sharding.device_set) == devices
+        history = steps(distributed, weighted=True)
+    finally:
+        keras.distribution.set_distribution(None)
+    assert_same(history, expected)
+
+
+@pytest.mark.backends("jax")
+def test_data_parallel_dropout():
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    try:
+        distributed = RDropModel(mlp(), alpha=2.0)
+        distributed.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True))
+        history = distributed.fit(X, Y, batch_size=8, epochs=4, verbose=0, validation_data=(X, Y)).history
+    finally:
+        keras.distribution.set_distribution(None)
+    assert all(value > 0 for value in history["consistency_loss"])
+    assert history["val_loss"][-1] < history["val_loss"][0]

@@ -1,0 +1,243 @@
+"""Models from KerasHub, keras.applications and KerasCV; each library optional."""
+
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, losses
+from models import to_numpy
+
+from rdrop_keras import RDropModel
+
+BACKEND = keras.backend.backend()
+TEXTS = ["the quick brown fox", "a lazy dog", "the dog jumped over the fox", "quick", "lazy brown dog", "over a fox"]
+LABELS = np.array([0, 1, 0, 1, 1, 0])
+WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "jumped", "over"]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return pytest.importorskip("keras_hub")
+
+
+def bert(hub, dropout=0.2, preprocess=True):
+    keras.utils.set_random_seed(4)
+    tokenizer = hub.models.BertTokenizer(vocabulary=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    preprocessor = hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
+    backbone = hub.models.BertBackbone(
+        vocabulary_size=14,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=8,
+        dropout=dropout,
+    )
+    return hub.models.BertTextClassifier(
+        backbone, 2, preprocessor=preprocessor if preprocess else None, dropout=dropout
+    )
+
+
+def gpt2(hub):
+    vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate("abcdefghijĠ")}, "ab": 12}
+    tokenizer = hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=["a b"])
+    backbone = hub.models.GPT2Backbone(
+        vocabulary_size=13,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=8,
+        dropout=0.2,
+    )
+    preprocessor = hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=8)
+    return hub.models.GPT2CausalLM(backbone, preprocessor)
+
+
+def bart(hub):
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+    vocabulary.update({letter: i + 5 for i, letter in enumerate("abcdefghijĠ")}, ab=16)
+    tokenizer = hub.models.BartTokenizer(vocabulary=vocabulary, merges=["a b"])
+    backbone = hub.models.BartBackbone(
+        vocabulary_size=17,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=10,
+        dropout=0.2,
+    )
+    preprocessor = hub.models.BartSeq2SeqLMPreprocessor(tokenizer, encoder_sequence_length=8, decoder_sequence_length=8)
+    return hub.models.BartSeq2SeqLM(backbone, preprocessor)
+
+
+CROSS_ENTROPY = losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def compiled(model, **kwargs):
+    model.compile(keras.optimizers.Adam(0.01), CROSS_ENTROPY, **kwargs)
+    return model
+
+
+def test_raw_strings_as_the_task_takes_them(hub):
+    data = {"x": TEXTS, "y": LABELS, "batch_size": 2, "verbose": 0}
+
+    def train(wrap):
+        model = compiled(wrap(bert(hub)), metrics=["accuracy"])
+        keras.utils.set_random_seed(6)
+        history = model.fit(**data, epochs=2, validation_data=(TEXTS, LABELS), class_weight={0: 1.0, 1: 3.0}).history
+        return model, history
+
+    (task, expected), (model, history) = train(lambda task: task), train(lambda task: RDropModel(task, alpha=0))
+    assert history == expected
+    assert model.evaluate(**data) == task.evaluate(**data)
+    np.testing.assert_array_equal(model.predict(TEXTS, verbose=0), task.predict(TEXTS, verbose=0))
+    assert type(model) is RDropModel
+    with pytest.raises(ValueError, match="does not apply preprocessing"):
+        task(TEXTS)
+
+    model, history = train(lambda task: RDropModel(task, alpha=1.0))
+    assert history.keys() == expected.keys() | {"task_loss", "consistency_loss"}
+    assert all(value > 0 for value in history["consistency_loss"])
+    evaluated = model.evaluate(**data, return_dict=True)
+    assert evaluated.keys() == {"accuracy", "loss"}
+    assert evaluated["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-5)
+
+
+def test_raw_strings_in_batch_methods_and_splits(hub):
+    model = compiled(RDropModel(bert(hub)))
+    logs = model.train_on_batch(TEXTS, LABELS, return_dict=True)
+    assert logs["consistency_loss"] > 0
+    assert model.test_on_batch(TEXTS, LABELS) > 0
+    assert model.predict_on_batch(TEXTS).shape == (6, 2)
+    history = model.fit(np.array(TEXTS), LABELS, validation_split=1 / 3, batch_size=2, verbose=0).history
+    assert {"consistency_loss", "val_loss"} < history.keys()
+
+
+def test_datasets_of_strings(hub):
+    tf = pytest.importorskip("tensorflow")
+    data = tf.data.Dataset.from_tensor_slices((TEXTS, LABELS)).batch(4)
+    model = compiled(RDropModel(bert(hub)))
+    history = model.fit(data, validation_data=data, verbose=0).history
+    assert history["consistency_loss"][0] > 0
+    assert model.predict(data, verbose=0).shape == (6, 2)
+
+
+def test_preprocessed_beforehand(hub):
+    preprocessor = bert(hub).preprocessor
+    x = {key: np.array(value) for key, value in preprocessor(TEXTS).items()}
+    model = compiled(RDropModel(bert(hub, preprocess=False)))
+    assert model.fit(x, LABELS, verbose=0).history["consistency_loss"][0] > 0
+    assert model.predict(x, verbose=0).shape == (6, 2)
+
+
+def test_pretrained_configurations_without_dropout(hub):
+    with pytest.raises(
+        ValueError, match=r"model='bert_text_classifier.*', whose dropout layers are: .*dropout.* rate=0"
+    ):
+        RDropModel(bert(hub, dropout=0.0))
+
+
+def test_task_saved_and_reloaded(hub, tmp_path):
+    model = compiled(RDropModel(bert(hub), alpha=0.5))
+    model.fit(TEXTS, LABELS, verbose=0)
+    model.save(tmp_path / "task.keras")
+    again = keras.models.load_model(tmp_path / "task.keras")
+    np.testing.assert_allclose(again.predict(TEXTS, verbose=0), model.predict(TEXTS, verbose=0), rtol=1e-5)
+    assert again.compiled and again.alpha == 0.5
+    assert again.fit(TEXTS, LABELS, verbose=0).history["consistency_loss"][0] > 0
+
+
+@pytest.mark.parametrize("build", [gpt2, bart], ids=["CausalLM", "Seq2SeqLM"])
+def test_language_models_train_and_generate(hub, build):
+    task = build(hub)
+    raw = (
+        {"encoder_text": ["a b c", "d e"], "decoder_text": ["c b", "e d f"]} if build is bart else ["abcd", "d e f gh"]
+    )
+    model = compiled(RDropModel(task, alpha=5.0), weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
+    history = model.fit(raw, batch_size=2, epochs=2, verbose=0).history
+    assert all(value > 0 for value in history["consistency_loss"])
+    # Keras's Loss of the preprocessed batch, with the padding as weight zero: what `evaluate` gives.
+    x, y, weights = task.preprocessor(raw)
+    outputs = model.model(x, training=False)
+    assert model.evaluate(raw, batch_size=2, verbose=0)[0] == pytest.approx(
+        float(CROSS_ENTROPY(y, outputs, weights)), rel=1e-4
+    )
+    generated = model.model.generate(raw if build is gpt2 else {"encoder_text": ["a b c"]}, max_length=8)
+    assert all(isinstance(text, str) for text in generated)
+
+
+def test_images(hub):
+    backbone = hub.models.ViTBackbone(
+        image_shape=(16, 16, 3), patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, dropout_rate=0.1
+    )
+    model = compiled(RDropModel(hub.models.ViTImageClassifier(backbone, 3)))
+    images = np.random.uniform(0, 255, size=(6, 16, 16, 3)).astype("float32")
+    history = model.fit(images, np.arange(6) % 3, batch_size=3, verbose=0).history
+    assert history["consistency_loss"][0] > 0
+    assert model.predict(images, verbose=0).shape == (6, 3)
+
+
+@pytest.mark.parametrize("package", ["keras_nlp", "keras_hub"])
+def test_transformer_layers(package):
+    nlp = pytest.importorskip(package).layers
+    source, target = (
+        keras.Input((None,), dtype="int32", name="source"),
+        keras.Input((None,), dtype="int32", name="target"),
+    )
+    embedding = nlp.TokenAndPositionEmbedding(20, 12, 8, mask_zero=True)
+    memory = nlp.TransformerEncoder(16, 2, dropout=0.1)(embedding(source))
+    h = nlp.TransformerDecoder(16, 2, dropout=0.1)(embedding(target), memory)
+    model = compiled(RDropModel(keras.Model({"source": source, "target": target}, layers.Dense(20)(h)), alpha=5.0))
+    tokens = np.random.randint(1, 20, size=(8, 9))
+    tokens[:, 6:] = 0
+    x = {"source": tokens, "target": tokens}
+    history = model.fit(x, tokens, batch_size=4, epochs=5, verbose=0).history
+    assert history["task_loss"][-1] < history["task_loss"][0] and history["consistency_loss"][0] > 0
+    # Padding is masked out of both terms: with more of it the loss is the same.
+    longer = np.pad(tokens, [(0, 0), (0, 3)])
+    assert model.evaluate({"source": longer, "target": longer}, longer, verbose=0) == pytest.approx(
+        model.evaluate(x, tokens, verbose=0), rel=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_applications():
+    keras.utils.set_random_seed(0)
+    backbone = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False, pooling="avg")
+    x = keras.Input((32, 32, 3))
+    model = keras.Model(x, layers.Dense(3)(layers.Dropout(0.2)(backbone(x))))
+    model = compiled(RDropModel(model))
+    images = np.random.uniform(-1, 1, size=(8, 32, 32, 3)).astype("float32")
+    before = [to_numpy(w) for w in backbone.non_trainable_weights]
+    history = model.fit(images, np.arange(8) % 3, batch_size=4, verbose=0).history
+    assert history["consistency_loss"][0] > 0
+    assert any((to_numpy(w) != b).any() for w, b in zip(backbone.non_trainable_weights, before))
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.filterwarnings("ignore")  # KerasCV 0.9 predates Keras 3.15 and warns of it in many ways.
+def test_keras_cv():
+    cv = pytest.importorskip("keras_cv")
+    backbone = cv.models.DenseNetBackbone(stackwise_num_repeats=[1, 1], include_rescaling=True, input_shape=(32, 32, 3))
+    x = keras.Input((32, 32, 3))
+    h = layers.GlobalAveragePooling2D()(backbone(x))
+    model = compiled(RDropModel(keras.Model(x, layers.Dense(3)(cv.layers.DropPath(0.3)(h)))))
+    images = np.random.uniform(0, 255, size=(6, 32, 32, 3)).astype("float32")
+    history = model.fit(images, np.arange(6) % 3, batch_size=3, verbose=0).history
+    assert history["consistency_loss"][0] > 0
+
+
+def test_nothing_but_the_chosen_backend_is_imported():
+    code = """
+    import sys
+    import keras
+    before = {name for name in ("tensorflow", "jax", "torch", "keras_hub", "matplotlib") if name in sys.modules}
+    import rdrop_keras
+    after = {name for name in ("tensorflow", "jax", "torch", "keras_hub", "matplotlib") if name in sys.modules}
+    assert before == after, after - before
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
