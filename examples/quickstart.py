@@ -42,7 +42,7 @@ SPLIT_SEED = 0
 PATCH_SIZE = 2
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 WIDTH = 64
-NUM_LAYERS = 3
+NUM_LAYERS = 2
 NUM_HEADS = 4
 
 # Training. The defaults of --alpha and --dropout and these values were chosen on the validation split.
@@ -126,8 +126,11 @@ def train(method, alpha, dropout, seed, epochs, data):
     if method == "R-Drop":
         model = rdrop_keras.RDropModel(model, alpha=alpha)
 
+    # From LEARNING_RATE down to zero, so that the last epoch is a fair point to compare.
+    num_steps = epochs * math.ceil(NUM_TRAIN / BATCH_SIZE)
+    learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, decay_steps=num_steps)
     model.compile(
-        optimizer=keras.optimizers.Adam(LEARNING_RATE),
+        optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
