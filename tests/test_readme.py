@@ -1,0 +1,47 @@
+"""The README's code runs as it stands."""
+
+import os
+import pathlib
+import re
+
+import keras
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+# KerasHub warns of positional embeddings that drop masks, MirroredStrategy of the lack of accelerators.
+@pytest.mark.filterwarnings("ignore")
+def test_python_blocks_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    for code in blocks("python"):
+        if "import keras_hub" in code:
+            pytest.importorskip("keras_hub")
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].built
+    assert os.path.exists("rdrop.keras")
+    assert keras.models.load_model("plain.keras").count_params() > 0
+
+
+def test_two_commands():
+    first, second = blocks("bash")
+    assert "pip install" in first and "examples/quickstart.py" in first
+    assert "pip install" in second and "pytest" in second
+    extras = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second))):
+        assert f"\n{extra} =" in extras
+
+
+def test_files_and_names_exist():
+    import rdrop_keras
+
+    for path in re.findall(r"(?:\(|`)((?:examples|docs|benchmarks)/[\w./]+)(?:\)|`)", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"rdrop_keras\.(\w+)", README):
+        assert hasattr(rdrop_keras, name), name
