@@ -138,8 +138,9 @@ class Divergence:
     Example:
 
     >>> logits = keras.ops.array([[[40.0, 0.0, 0.0]], [[0.0, 40.0, 0.0]]])
-    >>> rdrop_keras.Divergence("kl", from_logits=True)(logits)
-    [40.]
+    >>> divergence = rdrop_keras.Divergence("kl", from_logits=True)
+    >>> keras.ops.convert_to_numpy(divergence(logits)).tolist()
+    [40.0]
     """
 
     def __init__(self, name, from_logits=None, axis=None):

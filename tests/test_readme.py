@@ -1,11 +1,15 @@
-"""The README's code runs as it stands."""
+"""The code in the README and in docstrings runs as it stands."""
 
+import doctest
 import os
 import pathlib
 import re
 
 import keras
+import numpy as np
 import pytest
+
+import rdrop_keras
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,9 +43,15 @@ def test_two_commands():
 
 
 def test_files_and_names_exist():
-    import rdrop_keras
-
     for path in re.findall(r"(?:\(|`)((?:examples|docs|benchmarks)/[\w./]+)(?:\)|`)", README):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"rdrop_keras\.(\w+)", README):
         assert hasattr(rdrop_keras, name), name
+
+
+@pytest.mark.parametrize("name", ["Divergence", "RDropModel"])
+def test_docstrings(name):
+    names = {"keras": keras, "np": np, "rdrop_keras": rdrop_keras}
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(rdrop_keras, name), name, globs=names)
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
