@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from keras import losses, ops
+from keras import layers, losses, ops
 from models import Passes, gradients_of_step, mlp, to_numpy
 
 from rdrop_keras import Divergence, RDropModel
@@ -203,7 +203,7 @@ def test_implicit_mask(reduction, weighted):
     lengths = np.array([4, 2, 1])
     mask = np.arange(4) < lengths[:, None]
     x = keras.Input((4, 1))
-    model = keras.Model(x, Passes(passes)(keras.layers.Masking()(x)))
+    model = keras.Model(x, Passes(passes)(layers.Masking()(x)))
     model = RDropModel(model, alpha=0.7)
     model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction))
     weights = np.random.uniform(0.5, 2, size=(3, 4)).astype("float32") if weighted else None
@@ -353,7 +353,38 @@ def test_output_without_a_loss_has_no_consistency_term(divergence):
     np.testing.assert_array_equal(slopes[0], 0)
 
 
-class AddsLosses(keras.layers.Layer):
+def test_ignored_class_within_a_mask():
+    passes, y = normal(2, 3, 4, 5), labels(3, 4)
+    y[0, 1] = y[2, 0] = -1
+    padding = np.arange(4) < np.array([4, 2, 1])[:, None]
+    x = keras.Input((4, 1))
+    model = RDropModel(keras.Model(x, Passes(passes)(layers.Masking()(x))), alpha=0.7)
+    model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction="sum"))
+    logs = model.train_on_batch(padding[..., None].astype("float32"), y, return_dict=True)
+    total, task, consistency = reference.objective(
+        passes.astype("d"),
+        np.maximum(y, 0),
+        reference.sparse_cross_entropy,
+        reference.kl,
+        0.7,
+        "sum",
+        mask=padding & (y != -1),
+    )
+    assert logs == pytest.approx({"loss": total, "task_loss": task, "consistency_loss": consistency}, rel=1e-5)
+
+
+def test_two_losses_on_an_output_have_one_divergence():
+    two = TwoOutputs()
+    model = RDropModel(two.model(lambda a, b: {"a": a, "b": b}), alpha=1.5)
+    model.compile("sgd", {"a": [two.losses[0], two.losses[0]], "b": two.losses[1]})
+    logs = model.train_on_batch(two.x(), {"a": two.y[0], "b": two.y[1]}, return_dict=True)
+    _, task, consistency = two.objective(two.a.astype("d"), two.b.astype("d"), 1.5)
+    extra = np.mean([reference.sparse_cross_entropy(two.y[0], a).mean() for a in two.a.astype("d")])
+    assert logs["task_loss"] == pytest.approx(task + extra, rel=1e-5)
+    assert logs["consistency_loss"] == pytest.approx(consistency, rel=1e-5)
+
+
+class AddsLosses(layers.Layer):
     def build(self, input_shape):
         self.w = self.add_weight(shape=(), initializer="ones", regularizer=keras.regularizers.L2(0.5))
 
@@ -366,7 +397,7 @@ def test_losses_of_the_model_count_once():
     passes, x = normal(2, 3, 5), normal(3, 2)
     inputs = keras.Input((2,))
     h = AddsLosses()(inputs)
-    h = keras.layers.ActivityRegularization(l2=0.1)(h)
+    h = layers.ActivityRegularization(l2=0.1)(h)
     model = RDropModel(keras.Model(inputs, Passes(passes, activity_regularizer=keras.regularizers.L1(0.01))(h)), 1.5)
     model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True))
     y = labels(3)
@@ -420,7 +451,7 @@ class TestAlphaMeansOneThing:
         padded = np.concatenate([passes, normal(2, 3, 4, 5)], axis=2)
         y_padded = np.concatenate([y, labels(3, 4)], axis=1)
         x = keras.Input((6, 1))
-        model = keras.Model(x, Passes(padded)(keras.layers.Masking()(x)))
+        model = keras.Model(x, Passes(padded)(layers.Masking()(x)))
         mask = np.concatenate([np.ones((3, 2, 1)), np.zeros((3, 4, 1))], axis=1)
         two = small_step(model, mask, y_padded)
         self.assert_same(one, two)
