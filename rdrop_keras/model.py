@@ -229,9 +229,10 @@ _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute
 def _check_model(model):
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
-    if isinstance(model, RDropModel):
+    inner = next((layer for layer in _keras.all_layers(model) if isinstance(layer, RDropModel)), None)
+    if inner is not None:
         raise ValueError(
-            f"`model` is an RDropModel already; wrap the model inside it, `model.model`. Received: {model.name!r}."
+            f"`model` is or holds an RDropModel: use the model inside that, its `.model`. Received: {inner.name!r}."
         )
     pipeline = preprocessing.pipeline_class(model)
     for method in _REPLACED:

@@ -14,7 +14,8 @@ METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "pre
 
 def pipeline_class(model):
     """KerasHub's `PipelineModel` if `model` is one, else None."""
-    return next((cls for cls in type(model).__mro__ if cls.__name__ == "PipelineModel"), None)
+    classes = (cls for cls in type(model).__mro__ if cls.__name__ == "PipelineModel")
+    return next((cls for cls in classes if hasattr(cls, "preprocess_samples")), None)
 
 
 def run(method, task, trained, args, kwargs):

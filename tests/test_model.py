@@ -275,6 +275,15 @@ def test_float16_scales_the_loss():
     assert any((to_numpy(w) != b).any() for w, b in zip(model.trainable_variables, before))
 
 
+def test_inputs_are_cast_by_the_model_alone():
+    keras.config.set_dtype_policy("mixed_float16")
+    x = keras.Input((4,))  # float32, which the first layer asks for: float16 ends at 65,504.
+    h = layers.Dropout(0.1)(layers.Rescaling(1e-6, dtype="float32")(x))
+    model = compiled(keras.Model(x, layers.Dense(3)(h)))
+    np.testing.assert_array_equal(model.predict(1e6 * X, verbose=0), model.model.predict(1e6 * X, verbose=0))
+    assert np.isfinite(model.fit(1e6 * X, Y, verbose=0).history["task_loss"]).all()
+
+
 def test_batch_normalization_sees_the_statistics_of_the_batch():
     def moving(wrap):
         keras.utils.set_random_seed(1)
@@ -388,8 +397,10 @@ def test_model_must_be_a_model(model):
 
 
 def test_wrapping_twice():
-    with pytest.raises(ValueError, match=r"`model` is an RDropModel already; wrap the model inside it, `model.model`"):
-        RDropModel(RDropModel(mlp()))
+    once = RDropModel(mlp(), name="once")
+    for model in (once, keras.Sequential([keras.Input((4,)), once, layers.Dropout(0.1)])):
+        with pytest.raises(ValueError, match=r"is or holds an RDropModel: use .* its `.model`. Received: 'once'"):
+            RDropModel(model)
 
 
 @pytest.mark.parametrize("alpha", [-1, -0.5, float("nan"), float("inf")])

@@ -120,6 +120,13 @@ def test_configuration(divergence):
     assert not again.compiled
 
 
+def test_clone():
+    model = RDropModel(mlp(), 2.5, num_passes=3)
+    clone = keras.models.clone_model(model)
+    assert clone.num_passes == 3 and clone.model is not model.model
+    assert clone.predict(X, verbose=0).shape == (40, 3)
+
+
 def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
     model = trained(functional())
     model.model.save(tmp_path / "plain.keras")
