@@ -267,7 +267,9 @@ def test_gradient_accumulation():
 
 def test_float16_scales_the_loss():
     keras.config.set_dtype_policy("mixed_float16")
-    model = compiled(mlp(), optimizer="adam")
+    inner = mlp()
+    keras.config.set_dtype_policy("float32")  # The model's policy decides, not the one in force when it is wrapped.
+    model = compiled(inner, optimizer="adam")
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     before = [to_numpy(w) for w in model.trainable_variables]
     history = model.fit(X, Y, epochs=3, verbose=0).history

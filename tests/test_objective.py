@@ -425,6 +425,18 @@ def test_saturated_outputs_train_in_every_precision(policy):
     np.testing.assert_allclose(slope[0, 0, :2], [0.5 + 0.25, -0.25], rtol=1e-2)
 
 
+def test_saturated_probabilities_keep_the_logits_they_came_from():
+    passes, y = np.array([[[40.0, -40.0, 0]], [[-40.0, 30.0, 0]]], "float32"), np.array([2])
+    model = RDropModel(model_of(passes, "softmax"), alpha=1.0)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    logs = model.train_on_batch(np.zeros((1, 1), "float32"), y, return_dict=True)
+    # What Keras makes of each pass alone: exact where it keeps the logits, clipped at 1e-7 where it cannot.
+    alone = [keras.losses.sparse_categorical_crossentropy(y, keras.activations.softmax(ops.array(p))) for p in passes]
+    assert logs["task_loss"] == pytest.approx(np.mean([ops.convert_to_numpy(loss) for loss in alone]), rel=1e-4)
+    # ½ Σ (P − Q)(a − b) with P, Q certain of the first and the second class: ½ (80 + 70).
+    assert logs["consistency_loss"] == pytest.approx(75, rel=1e-3)
+
+
 def small_step(model, x, y, alpha=3.0, loss=None, **kwargs):
     model = RDropModel(model, alpha)
     model.compile("sgd", loss or losses.SparseCategoricalCrossentropy(from_logits=True))
