@@ -6,12 +6,12 @@ and saves a picture of both validation curves. The images come with scikit-learn
 
 R-Drop is the one line that wraps the model:
 
-    model = rdrop_keras.RDropModel(model, alpha=1.0)
+    model = rdrop_keras.RDropModel(model, alpha=3.0)
 
 It needs scikit-learn and matplotlib, and takes about two minutes on two CPU cores:
 
     python quickstart.py
-    python quickstart.py --alpha 3 --dropout 0.2 --seeds 5
+    python quickstart.py --alpha 1 --dropout 0.2 --seeds 5
     KERAS_BACKEND=jax python quickstart.py --out jax.pdf
 """
 
@@ -22,6 +22,7 @@ import time
 
 import keras
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -29,7 +30,6 @@ from sklearn.model_selection import train_test_split
 import rdrop_keras
 
 matplotlib.use("Agg")  # Draws to a file: no display needed.
-from matplotlib import pyplot as plt  # noqa: E402
 
 # Data
 NUM_CLASSES = 10
@@ -45,16 +45,17 @@ WIDTH = 64
 NUM_LAYERS = 2
 NUM_HEADS = 4
 
-# Training. The defaults of --alpha and --dropout and these values were chosen on the validation split.
-EPOCHS = 60
+# Training. The learning rate, alpha and dropout were chosen on the validation split, from 0.001, 0.002 and 0.004, from
+# the paper's 0.3, 1, 3 and 5, and from 0.1, 0.2 and 0.3. Plain training is about as accurate there with dropout 0.2.
+EPOCHS = 40
 BATCH_SIZE = 40
-LEARNING_RATE = 1e-3
-ALPHA = 1.0
+LEARNING_RATE = 2e-3
+ALPHA = 3.0
 DROPOUT = 0.1
 NUM_SEEDS = 3
 
-# Two colours that stay apart for the colour-blind, and two line styles that stay apart in black and white.
-STYLES = {"plain": ("#D55E00", "--"), "R-Drop": ("#0072B2", "-")}
+# Of plain training and of R-Drop: colours that the colour-blind can tell apart, and line styles for black and white.
+STYLES = (("#D55E00", "--"), ("#0072B2", "-"))
 
 
 # ## The data
@@ -117,16 +118,17 @@ def build_model(dropout):
 
 # ## Training
 #
-# Both ways compile and fit alike, for the same number of epochs. With the same seed both start from the same weights.
-def train(method, alpha, dropout, seed, epochs, data):
+# With `alpha=None` the Keras model is trained as it is; otherwise R-Drop trains it. Both compile and fit alike, for as
+# many epochs, and with the same seed both start from the same weights.
+def train(alpha, dropout, seed, epochs, data):
     train_split, validation_split, test_split = data
 
     keras.utils.set_random_seed(seed)
     model = build_model(dropout)
-    if method == "R-Drop":
+    if alpha is not None:
         model = rdrop_keras.RDropModel(model, alpha=alpha)
 
-    # From LEARNING_RATE down to zero, so that the last epoch is a fair point to compare.
+    # The learning rate falls to zero: training has settled when the last epoch is compared.
     num_steps = epochs * math.ceil(NUM_TRAIN / BATCH_SIZE)
     learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, decay_steps=num_steps)
     model.compile(
@@ -160,7 +162,7 @@ def train(method, alpha, dropout, seed, epochs, data):
 class Progress(keras.callbacks.Callback):
     """One progress bar a run, and the time of each training step."""
 
-    shown = ("loss", "task_loss", "consistency_loss", "val_loss", "val_accuracy")
+    shown = ("loss", "val_loss", "val_accuracy")
 
     def on_train_begin(self, logs=None):
         self.step_seconds = []
@@ -177,45 +179,106 @@ class Progress(keras.callbacks.Callback):
         self.step_seconds.append(time.perf_counter() - self.start)
 
     def on_epoch_end(self, epoch, logs=None):
-        self.bar.update(epoch + 1, [(name, logs[name]) for name in self.shown if name in logs])
+        self.bar.update(epoch + 1, [(name, logs[name]) for name in self.shown])
 
 
 # ## The results
 #
-# Means and standard deviations over seeds.
+# Mean and standard deviation over seeds, in a table and in a picture.
 def mean_and_deviation(values):
-    """Mean and sample standard deviation over the first axis; the deviation of a single run is None."""
+    """The mean and sample standard deviation over runs; the deviation of a single run is None."""
     values = np.asarray(values)
     return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
-def print_table(runs, labels):
-    columns = {"test accuracy": ".3f", "test loss": ".3f", "seconds a step": ".4f"}
+def print_table(runs):
+    columns = {"test accuracy": 3, "test loss": 3, "seconds a step": 4}
     print(f"\n{'':18}" + "".join(f"{column:>18}" for column in columns))
-    for method, results in runs.items():
-        row = f"{labels[method]:18}"
+    for name, results in runs.items():
+        row = f"{name:18}"
         for column, digits in columns.items():
             mean, deviation = mean_and_deviation([result[column] for result in results])
-            row += (
-                f"{mean:{digits}}".rjust(18)
-                if deviation is None
-                else f"{mean:{digits}} ± {deviation:{digits}}".rjust(18)
-            )
+            cell = f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+            row += f"{cell:>18}"
         print(row)
 
 
-def plot(runs, labels, path):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def plot(runs, path):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axis, quantity in zip(axes, ("validation loss", "validation accuracy")):
-        for method, results in runs.items():
+        for (name, results), (color, line_style) in zip(runs.items(), STYLES):
             mean, deviation = mean_and_deviation([result[quantity] for result in results])
-            color, line_style = STYLES[method]
-            epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, color=color, linestyle=line_style, label=labels[method])
+            # Without the first quarter, where both improve so fast that nothing else would be seen.
+            first = len(mean) // 4
+            epochs = np.arange(first + 1, len(mean) + 1)
+            mean = mean[first:]
+            axis.plot(epochs, mean, color=color, linestyle=line_style, marker="o", markersize=3, label=name)
             if deviation is not None:
+                deviation = deviation[first:]
                 axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
         axis.set_xlabel("epoch")
         axis.set_ylabel(quantity)
         axis.grid(alpha=0.3)
         axis.legend()
+    num_seeds = len(next(iter(runs.values())))
+    over = "one seed" if num_seeds == 1 else f"mean ± standard deviation of {num_seeds} seeds"
+    figure.suptitle(f"A small vision Transformer on {NUM_TRAIN} images of digits ({over})")
     figure.savefig(path, dpi=200)
+
+
+# ## The command line
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Compares plain training with R-Drop on a small vision Transformer.")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help="weight of R-Drop, ≥ 0 (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=DROPOUT, help="dropout rate, < 1 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each run (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default="quickstart.png", help="file of the picture (default: %(default)s)"
+    )
+    args = parser.parse_args()
+
+    if not (math.isfinite(args.alpha) and args.alpha >= 0):
+        parser.error(f"--alpha must be a finite number ≥ 0. Received: {args.alpha}")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout must be ≥ 0 and < 1. Received: {args.dropout}")
+    if args.alpha > 0 and args.dropout == 0:
+        parser.error("--dropout must be > 0: R-Drop compares passes with different dropout. Or give --alpha 0")
+    for name in ("seeds", "epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be ≥ 1. Received: {getattr(args, name)}")
+    formats = plt.figure().canvas.get_supported_filetypes()
+    if args.out.suffix[1:].lower() not in formats:
+        endings = ", ".join(f".{ending}" for ending in sorted(formats))
+        parser.error(f"--out must end in one of {endings}. Received: {args.out}")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out must be in a folder that exists. Received: {args.out}")
+    if args.out.is_dir():
+        parser.error(f"--out must be a file, not a folder. Received: {args.out}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    data = load_data()
+
+    plain, rdrop = "plain", f"R-Drop (alpha={args.alpha:g})"
+    runs = {plain: [], rdrop: []}
+    for seed in range(args.seeds):
+        for name, alpha in ((plain, None), (rdrop, args.alpha)):
+            print(f"{name}, seed {seed}")
+            runs[name].append(train(alpha, args.dropout, seed, args.epochs, data))
+
+    print_table(runs)
+    if args.alpha:
+        seconds = {name: np.mean([result["seconds a step"] for result in results]) for name, results in runs.items()}
+        print(
+            "\nR-Drop passes each image through the network twice, and a step costs about twice as much: "
+            f"{seconds[rdrop] / seconds[plain]:.1f} times here."
+        )
+    plot(runs, args.out)
+    print(f"Validation curves: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
