@@ -166,6 +166,8 @@ def test_saved_model_of_two_inputs(tmp_path):
     np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+# Keras's exporter tries several ways, and PyTorch and ONNX warn of some of them.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.backends("torch")
 def test_onnx(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
