@@ -181,10 +181,13 @@ def _choose(divergence, path, position, name):
         chosen = tree.flatten(divergence)[position]
     elif isinstance(divergence, dict):
         chosen = divergence.get(name)
-        node = divergence
-        for key in path if chosen is None else ():
-            node = node.get(key) if isinstance(node, dict) else node[key] if isinstance(node, (list, tuple)) else node
-        chosen = node if chosen is None else chosen
+        if chosen is None:
+            chosen = divergence
+            for key in path:
+                if isinstance(chosen, dict):
+                    chosen = chosen.get(key)
+                elif isinstance(chosen, (list, tuple)):
+                    chosen = chosen[key]
     if chosen is None or tree.is_nested(chosen):
         raise ValueError(
             f"`divergence` must have an entry for every output with a loss. Received: none for output {name!r} in "

@@ -127,11 +127,9 @@ def check_stochastic(model):
             layer at all is let through: it may draw random numbers by itself.
     """
     active, inactive, opaque = stochastic_layers(model)
-    keeps_dropout_off = not _keras.takes_training(model)
-    if opaque or (active and not keeps_dropout_off):
+    if opaque or (active and _keras.takes_training(model)):
         return
-    own_call = isinstance(model, keras.Model) and not _is_known(model)
-    if own_call and not active and not inactive:
+    if not active and not inactive and not _is_known(model):
         return
     if active:
         raise ValueError(
