@@ -4,19 +4,36 @@ Each was read in Keras 3.14.0 and 3.15.1. Nothing else in the package imports `k
 attribute of Keras, except the overrides in `model.py`, which say so.
 """
 
-# The compiled loss: the only place that knows which target, weight and output belong together.
-from keras.src.backend import get_keras_mask, set_keras_mask
+import contextlib
+
+import keras
+from keras.src.backend import AutocastScope, get_keras_mask, is_float_dtype, set_keras_mask
 from keras.src.losses.loss import unscale_loss_for_distribution
+from keras.src.models.functional import Functional, operation_fn, unpack_singleton
+
+# The compiled loss: the only place that knows which target, weight and output belong together.
 from keras.src.trainers.compile_utils import CompileLoss
 
 __all__ = [
     "CompileLoss",
     "all_layers",
+    "autocast_scope",
+    "call_context",
+    "converted",
     "copy_annotations",
+    "functional",
     "get_keras_mask",
     "has_seed",
+    "has_state",
     "keras_logits",
+    "name_scope",
+    "nodes",
+    "operation_fn",
+    "operations",
+    "packed_outputs",
+    "reference_order",
     "set_keras_mask",
+    "standardized",
     "strategy_of",
     "takes_training",
     "unscale_loss_for_distribution",
@@ -31,6 +48,92 @@ def all_layers(model):
 def has_seed(layer):
     """Whether `layer` itself owns a `SeedGenerator`; `Layer.variables` mixes their states with those of sublayers."""
     return bool(layer._seed_generators)
+
+
+def has_state(layer):
+    """Whether `layer` itself owns variables made with `trainable=False`, seeds aside."""
+    return bool(layer._non_trainable_variables)
+
+
+def operations(layer):
+    """The operations, layers among them, in the graph of a Functional `layer`; of any other, none."""
+    return layer.operations if isinstance(layer, Functional) else []
+
+
+def functional(model):
+    """The Functional model whose graph of nodes is all that `model.call` runs, or None."""
+    outer = type(model).__call__
+    # KerasHub's own (read in 0.32) refuses strings and calls Keras's.
+    in_task = outer.__module__ == "keras_hub.src.utils.pipeline_model"
+    unchanged = "call" not in vars(model) and (outer is keras.Layer.__call__ or in_task)
+    if unchanged and isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
+        return model._functional
+    if unchanged and isinstance(model, Functional) and type(model).call is Functional.call:
+        return model
+    return None
+
+
+def nodes(functional):
+    """The nodes of a Functional model, one for each call of an operation, in an order in which they can run."""
+    by_depth = functional._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+
+
+def reference_order(functional, inputs):
+    """`inputs`, a structure as `functional` is called with, in the order of its flat `inputs`."""
+    if isinstance(inputs, dict) and not isinstance(functional._inputs_struct, dict):
+        return [inputs.get(tensor.name) for tensor in functional.inputs]
+    return keras.tree.flatten(inputs)
+
+
+def standardized(model, functional, inputs):
+    """`inputs` checked and converted as by `model`, whose graph is `functional`, in the order of its flat `inputs`."""
+    inputs = keras.tree.map_structure(lambda x: converted(x, model=model), inputs)
+    model._assert_input_compatibility(inputs)
+    return functional._standardize_inputs(inputs)
+
+
+def converted(tensor, mask=None, *, model, reference=None):
+    """`tensor` as `model` receives it: cast as its policy asks, then to the type of its input `reference`."""
+    result = tensor
+    if model._convert_input_args:
+        result = model.dtype_policy.convert_input(result, model.autocast, model.input_dtype)
+    if reference is not None:
+        result = keras.ops.convert_to_tensor(result, dtype=reference.dtype, sparse=reference.sparse)
+    if result is not tensor:
+        copy_annotations(tensor, result, lambda attached: attached)
+    if mask is not None:
+        set_keras_mask(result, mask)
+    return result
+
+
+def packed_outputs(functional, tensors):
+    """The flat `tensors` in the structure that `functional` returns."""
+    return unpack_singleton(keras.tree.pack_sequence_as(functional._outputs_struct, tensors))
+
+
+@contextlib.contextmanager
+def call_context(layer, training):
+    """What `Layer.__call__` holds up around `call`: sublayers called within find `training` there."""
+    context = layer._get_call_context()
+    before = context.get_value("training")
+    context.set_value("training", training)
+    try:
+        yield
+    finally:
+        context.set_value("training", before)
+        layer._maybe_reset_call_context()
+
+
+def autocast_scope(model):
+    """Within it, variables have the type in which `model` computes."""
+    dtype = model.compute_dtype
+    return AutocastScope(dtype if model.autocast and is_float_dtype(dtype) else None)
+
+
+def name_scope(layer):
+    """The scope that `layer` opens around its call; keras.distribution finds layouts of outputs by it."""
+    return layer._open_name_scope()
 
 
 def takes_training(layer):

@@ -11,7 +11,8 @@ import numbers
 import keras
 from keras import tree
 
-from rdrop_keras import _keras, divergences, pairing, preprocessing, random_state
+from rdrop_keras import _keras, divergences, pairing, preprocessing, random_state, stochastic
+from rdrop_keras.graph import PairedGraph
 from rdrop_keras.objective import RDropLoss
 
 
@@ -81,11 +82,12 @@ class RDropModel(keras.Model):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
-    def __init__(self, model, alpha=1.0, divergence="auto", num_passes=2, name=None):
+    def __init__(self, model, alpha=1.0, divergence="auto", num_passes=2, share="deterministic", name=None):
         _check_model(model)
         _check_alpha(alpha)
         _check_divergence(divergence)
         _check_num_passes(num_passes)
+        _check_share(share)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         if _keras.strategy_of(model) is not _keras.strategy_of(self):
@@ -97,6 +99,7 @@ class RDropModel(keras.Model):
         self.alpha = float(alpha)
         self.divergence = divergence
         self.num_passes = int(num_passes)
+        self.share = share
         self.model = model
         self.built = model.built
         self._task_loss = keras.metrics.Mean(name="task_loss")
@@ -106,15 +109,21 @@ class RDropModel(keras.Model):
         # By this Keras's trainers (3.15.1) decide whether to pass `training`: the answer is the model's.
         self._call_has_training_arg = _keras.takes_training(model)
         self._evaluating = False
-        self._known_stochastic = model.built
+        self._graph = None
         if self.alpha and model.built:
-            pairing.check_stochastic(model)
+            self._make_graph()
 
     def call(self, inputs, training=None):
-        outputs = pairing.forward(self.model, inputs, training)
-        if pairing.passes_in_step() > 1 and not self._known_stochastic:  # Now that all layers exist.
-            pairing.check_stochastic(self.model)
-            self._known_stochastic = True
+        num_passes = pairing.passes_in_step()
+        if num_passes > 1 and self._graph is None and isinstance(self.model, keras.Sequential):
+            self.model.build(tuple(inputs.shape))
+            self._make_graph()
+        if num_passes > 1 and self._graph is not None and self._graph.shares:
+            return self._graph(inputs, num_passes, training)
+        inputs = pairing.tile(inputs, num_passes)
+        outputs = self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
+        if num_passes > 1 and self._graph is None:  # Now that all layers exist.
+            self._make_graph()
         return outputs
 
     def stateless_call(self, *args, **kwargs):
@@ -148,6 +157,8 @@ class RDropModel(keras.Model):
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
         if objective is not None:
             self._compile_loss = objective
+            if self.model.built:
+                self._make_graph()  # Anew: rates may have changed since the last one.
 
     def compile_from_config(self, config):
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
@@ -202,6 +213,7 @@ class RDropModel(keras.Model):
             "alpha": self.alpha,
             "divergence": keras.saving.serialize_keras_object(self.divergence),
             "num_passes": self.num_passes,
+            "share": self.share,
         }
 
     @classmethod
@@ -211,6 +223,10 @@ class RDropModel(keras.Model):
             for key in ("model", "divergence")
         }
         return cls(**{**config, **nested})
+
+    def _make_graph(self):
+        stochastic.check_stochastic(self.model)
+        self._graph = PairedGraph(self.model, self.share)
 
     @contextlib.contextmanager
     def _reporting(self, evaluation):
@@ -273,6 +289,14 @@ def _check_num_passes(num_passes):
         raise TypeError(f"`num_passes` must be an integer ≥ 2. {received}")
     if num_passes < 2:
         raise ValueError(f"`num_passes` must be an integer ≥ 2. {received}")
+
+
+def _check_share(share):
+    if not isinstance(share, str):
+        raise TypeError(
+            "`share` must be 'deterministic', 'nothing' or the name of a layer. "
+            f"Received: share={share!r} ({type(share).__name__})."
+        )
 
 
 def _described(strategy):

@@ -1,0 +1,309 @@
+"""The paired graph: a model that computes once what its passes have in common.
+
+    x (N) → deterministic layers (N) → tile → random layers and all that follows (mN) → P_1 … P_m
+
+It lists the calls that a Functional or Sequential model records, those of nested models in their place, and marks each
+to run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
+"""
+
+import difflib
+
+import keras
+from keras import tree
+
+from rdrop_keras import _keras, pairing, stochastic
+
+# Batch sizes at which shapes are run: an axis that follows both is the batch.
+_BATCH_SIZES = (2, 3)
+
+
+class Step:
+    """One call of one operation.
+
+    Attributes:
+        name: The operation's name after those of the nested models that hold it: `"backbone/pooled_dense"`.
+        operation: The layer or `keras.Operation`, or a function.
+        node: What Keras recorded of the call.
+        inputs: `{id of a KerasTensor of the node: slot}`; a slot is a tensor's number in the graph.
+        outputs: Slots of the flat outputs.
+        repeated: Whether it runs for every pass.
+        reason: Why it does, or does not.
+    """
+
+    def __init__(self, name, operation, node, inputs, outputs):
+        self.name = name
+        self.operation = operation
+        self.node = node
+        self.inputs = inputs
+        self.outputs = outputs
+        self.repeated = False
+        self.reason = "deterministic"
+
+    def repeat(self, reason):
+        self.repeated = True
+        self.reason = reason
+
+
+class _Conversion(Step):
+    """How the nested model `operation` receives an input: as a tensor of the type it was made for, with its mask."""
+
+    def __init__(self, name, model, reference, inputs, output):
+        super().__init__(name, model, None, inputs, [output])
+        self.reference = reference
+
+
+class _Nested:
+    """The steps of a nested model, in the scopes that Keras opens around its call."""
+
+    def __init__(self, model, steps):
+        self.model = model
+        self.steps = steps
+
+
+class PairedGraph:
+    """The calls of `model`, each marked to run once or for every pass.
+
+    Args:
+        model: A built `keras.Model`. Of one that is no graph of layers, nothing is shared.
+        share: `"deterministic"`, `"nothing"`, or the name of a layer.
+
+    Raises:
+        ValueError: If `share` names no layer or more than one, or leaves nothing random or no batch after it.
+    """
+
+    def __init__(self, model, share):
+        self.model = model
+        self.share = share
+        self._num_slots = 0
+        self._functional = _keras.functional(model)
+        if self._functional is None:
+            if share not in ("deterministic", "nothing"):
+                raise ValueError(
+                    "`share` can name a layer of a Functional or Sequential model only; the layers of any other run "
+                    f"inside its `call`. Received: share={share!r} with model={model.name!r} "
+                    f"({type(model).__name__}). Use 'deterministic' or 'nothing'."
+                )
+            whole = Step(model.name, model, None, {}, [])
+            whole.repeat(f"{type(model).__name__} is no graph of layers: its call is its own")
+            self.steps = [whole]
+            return
+        self._inputs = [self._slot() for _ in self._functional.inputs]
+        self._program, self._outputs = self._trace(self._functional, self._inputs, "")
+        steps = list(_flat(self._program))
+        self.steps = [step for step in steps if not isinstance(step, _Conversion)]
+        if share == "nothing":
+            for step in steps:
+                step.repeat("share='nothing'")
+        else:
+            self._mark(steps, set() if share == "deterministic" else self._up_to(steps, share))
+
+    @property
+    def shares(self):
+        """Whether any step runs once for all passes."""
+        return not all(step.repeated for step in self.steps)
+
+    def __call__(self, inputs, num_passes, training):
+        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
+        once = dict(zip(self._inputs, _keras.standardized(self.model, self._functional, inputs)))
+        tensors = _Tensors(once, num_passes)
+        with _keras.call_context(self.model, training), _keras.autocast_scope(self.model):
+            self._run(self._program, tensors, training)
+        return _keras.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
+
+    def _run(self, program, tensors, training):
+        for item in program:
+            if isinstance(item, _Nested):
+                with _keras.name_scope(item.model), _keras.autocast_scope(item.model):
+                    self._run(item.steps, tensors, training)
+                continue
+            values = {tensor: tensors.get(slot, item.repeated) for tensor, slot in item.inputs.items()}
+            if isinstance(item, _Conversion):
+                outputs = [_keras.converted(*values.values(), model=item.operation, reference=item.reference)]
+            else:
+                args, kwargs = item.node.arguments.fill_in(values)
+                outputs = tree.flatten(_keras.operation_fn(item.operation, training=training)(*args, **kwargs))
+            for slot, output in zip(item.outputs, outputs):
+                tensors.put(slot, output, item.repeated)
+
+    def _slot(self):
+        self._num_slots += 1
+        return self._num_slots
+
+    def _trace(self, functional, inputs, prefix):
+        """The program of `functional`, whose inputs are the slots `inputs`, and the slots of its outputs."""
+        slots = {id(tensor): slot for tensor, slot in zip(functional.inputs, inputs)}
+        program = []
+        for node in _keras.nodes(functional):
+            if any(id(tensor) not in slots for tensor in node.input_tensors):
+                continue  # As Keras does: the node belongs to another model.
+            name = prefix + node.operation.name
+            nested, tensors, masks = _nested_call(node)
+            if nested is None:
+                consumed = {id(tensor): slots[id(tensor)] for tensor in node.input_tensors}
+                outputs = [self._slot() for _ in node.outputs]
+                program.append(Step(name, node.operation, node, consumed, outputs))
+            else:
+                steps, received = [], []
+                for tensor, mask, reference in zip(tensors, masks, nested.inputs):
+                    received.append(None if tensor is None else self._slot())
+                    if tensor is not None:
+                        consumed = {id(source): slots[id(source)] for source in (tensor, mask) if source is not None}
+                        steps.append(_Conversion(name, node.operation, reference, consumed, received[-1]))
+                inner, outputs = self._trace(nested, received, f"{name}/")
+                program.append(_Nested(node.operation, steps + inner))
+            slots.update((id(tensor), slot) for tensor, slot in zip(node.outputs, outputs))
+        return program, [slots[id(tensor)] for tensor in functional.outputs]
+
+    def _up_to(self, steps, share):
+        """The steps that the layer called `share` needs, its own among them."""
+        names = {step.name: step for step in self.steps}
+        for step in self.steps:  # A nested model has the name that its steps share.
+            parts = step.name.split("/")
+            names.update(("/".join(parts[:i]), step) for i in range(1, len(parts)))
+        paths = sorted(name for name in names if name == share or name.endswith(f"/{share}"))
+        if share in paths:
+            paths = [share]
+        if len(paths) != 1:
+            inside = [s.name for s in self.steps if any(share == sub.name for sub in _sublayers(s.operation))]
+            short = {name.rpartition("/")[2]: name for name in names}
+            close = [short[name] for name in difflib.get_close_matches(share.rpartition("/")[2], short, n=5)]
+            hint = (
+                f"More than one has it: {', '.join(map(repr, paths))}."
+                if paths
+                else f"It is a part of {inside[0]!r}, which runs as a whole."
+                if inside
+                else f"Close names: {', '.join(map(repr, close)) or 'none'}."
+            )
+            raise ValueError(
+                "`share` must be 'deterministic', 'nothing' or the name of a layer of the model, written "
+                f"'backbone/layer' in a nested one. {hint} Received: share={share!r}."
+            )
+        targets = [step for step in steps if f"{step.name}/".startswith(f"{paths[0]}/")]
+        producers = {slot: step for step in steps for slot in step.outputs}
+        needed, waiting = set(), targets
+        while waiting:
+            step = waiting.pop()
+            if step not in needed:
+                needed.add(step)
+                waiting.extend(producers[slot] for slot in step.inputs.values() if slot in producers)
+        return needed
+
+    def _mark(self, steps, once):
+        """Marks the steps to repeat; those in `once` are not."""
+        for step in once:
+            step.reason = f"up to {self.share!r}"
+        for step in steps:
+            why = None if step in once or isinstance(step, _Conversion) else stochastic.why_stochastic(step.operation)
+            if why is not None:
+                step.repeat(why)
+        if once and not any(step.repeated for step in steps):
+            raise ValueError(
+                f"Nothing that is random in training comes after the layer that `share` names, so all passes would be "
+                f"identical. Received: share={self.share!r}. Name an earlier layer."
+            )
+        producers = {slot: step for step in steps for slot in step.outputs}
+        batch = self._batch_slots(steps)
+        changed = True
+        while changed:
+            changed = False
+            for step in steps:
+                sources = [producers[slot] for slot in step.inputs.values() if slot in producers]
+                source = next((source for source in sources if source.repeated), None)
+                if source is not None and not step.repeated and step not in once:
+                    step.repeat(source.reason if source.reason.startswith("follows") else f"follows {source.name}")
+            tiled = [slot for step in steps if step.repeated for slot in step.inputs.values()] + self._outputs
+            for slot in tiled:
+                source = producers.get(slot)
+                if source is None or source.repeated or slot in batch:
+                    continue
+                if source in once:
+                    raise ValueError(
+                        f"`share` ends at a tensor whose axis 0 is not known to be the batch, so it cannot be repeated "
+                        f"for every pass: an output of {source.name!r}. Received: share={self.share!r}."
+                    )
+                source.repeat("axis 0 of its output is not known to be the batch")
+                changed = True
+
+    def _batch_slots(self, steps):
+        """The slots of tensors whose axis 0, and no other, follows the batch size."""
+        runs = [self._shapes(steps, size) for size in _BATCH_SIZES]
+        return {
+            slot
+            for slot in runs[0]
+            if all(shapes.get(slot) and shapes[slot][0] == size for shapes, size in zip(runs, _BATCH_SIZES))
+            and runs[0][slot][1:] == runs[1][slot][1:]
+        }
+
+    def _shapes(self, steps, batch_size):
+        """`{slot: shape}` as far as the steps that need not be repeated can be run symbolically."""
+        specs = {
+            slot: keras.KerasTensor((batch_size, *tensor.shape[1:]), dtype=tensor.dtype, sparse=tensor.sparse)
+            for slot, tensor in zip(self._inputs, self._functional.inputs)
+            if tensor.shape
+        }
+        for step in steps:
+            if step.repeated or not all(slot in specs for slot in step.inputs.values() if slot is not None):
+                continue
+            values = {tensor: specs.get(slot) for tensor, slot in step.inputs.items()}
+            if isinstance(step, _Conversion):
+                spec = next(iter(values.values()))
+                outputs = [keras.KerasTensor(spec.shape, dtype=step.reference.dtype, sparse=spec.sparse)]
+            else:
+                args, kwargs = step.node.arguments.fill_in(values)
+                try:
+                    outputs = tree.flatten(step.operation.compute_output_spec(*args, **kwargs))
+                except Exception:  # Of any kind: what cannot be run is not proven, and is tiled before.
+                    continue
+            specs.update(zip(step.outputs, outputs))
+        return {slot: spec.shape for slot, spec in specs.items()}
+
+
+class _Tensors:
+    """The tensors of one run, computed once or for every pass; the first are repeated when a pass needs them."""
+
+    def __init__(self, once, num_passes):
+        self._once = once
+        self._repeated = {}
+        self._num_passes = num_passes
+
+    def get(self, slot, repeated):
+        if not repeated:
+            return self._once.get(slot)
+        if slot not in self._repeated:
+            self._repeated[slot] = pairing.tile(self._once.get(slot), self._num_passes)
+        return self._repeated[slot]
+
+    def put(self, slot, value, repeated):
+        (self._repeated if repeated else self._once)[slot] = value
+
+
+def _flat(program):
+    for item in program:
+        if isinstance(item, _Nested):
+            yield from _flat(item.steps)
+        else:
+            yield item
+
+
+def _nested_call(node):
+    """The Functional model that `node` calls, and the node's tensors for its inputs and their masks; else Nones."""
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    functional = _keras.functional(node.operation) if isinstance(node.operation, keras.Model) else None
+    if functional is None or len(args) != 1 or set(kwargs) - {"mask", "training"}:
+        return None, None, None
+    tensors = _keras.reference_order(functional, args[0])
+    masks = [None] * len(tensors) if kwargs.get("mask") is None else tree.flatten(kwargs["mask"])
+    fits = len(tensors) == len(masks) == len(functional.inputs) and all(
+        source is None or isinstance(source, keras.KerasTensor) for source in (*tensors, *masks)
+    )
+    same_ranks = fits and all(
+        tensor is None or len(tensor.shape) == len(reference.shape)
+        for tensor, reference in zip(tensors, functional.inputs)
+    )
+    if not same_ranks or node.operation.activity_regularizer is not None:
+        return None, None, None
+    return functional, tensors, masks
+
+
+def _sublayers(operation):
+    return _keras.all_layers(operation) if isinstance(operation, keras.Layer) else []

@@ -1,0 +1,154 @@
+"""Which layers are random in training, and which are known not to be.
+
+A layer counts as deterministic only if its code is Keras's or KerasHub's and shows nothing random, or if it says so by
+
+    rdrop_stochastic = False
+
+set on the class or the layer: in training its outputs depend on its inputs and weights alone, it changes no state, and
+each row of the batch gives its own row of the outputs. `rdrop_stochastic = True` says that it is random.
+"""
+
+import functools
+import numbers
+import re
+
+import keras
+
+from rdrop_keras import _keras
+
+# Where a class must be defined for its randomness to be known from its name and attributes.
+_KNOWN_LIBRARIES = ("keras", "keras_cv", "keras_hub", "keras_nlp")
+# Layers and operations of Keras that run code of others.
+_FOREIGN = (
+    *("FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"),
+    *("AssociativeScan", "Cond", "ForiLoop", "Map", "Scan", "Switch", "VectorizedMap", "WhileLoop"),
+)
+# What a subclass from elsewhere may define and still compute what its Keras parent computes.
+_HARMLESS = ("__init__", "build", "compute_output_shape", "from_config", "get_build_config", "get_config")
+# Callables kept on a layer that have no part in its outputs.
+_NOT_CALLED = re.compile("_(initializer|regularizer|constraint)$")
+# How Keras and KerasHub name the strength of a layer's randomness. A layer without it is always random.
+_RATES = ("rate", "stddev", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
+# Some draw from Keras's global seed and some make their seed only for a rate above 0: these are known by name.
+_DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise")
+# The only layers whose non-trainable variables are known to leave a shared computation exact. Batch normalization
+# updates them by the mean and variance of the batch, which those of the batch repeated equal; the other never does.
+_EXACT_STATE = ("BatchNormalization", "Normalization")
+
+
+def stochastic_layers(model):
+    """The layers of `model` by what is known of their randomness in training.
+
+    Returns:
+        Three lists. `active`: layers that draw random numbers. `inactive`: `(layer, rates)` of those that would,
+        were their rates above 0. `opaque`: layers whose code comes from outside Keras and KerasHub and may draw or
+        not. Models are not among the last: their `call` as a rule only connects layers.
+    """
+    active, inactive, opaque = [], [], []
+    for layer in _keras.all_layers(model):
+        rates = _rates(layer)
+        declared = getattr(layer, "rdrop_stochastic", None)
+        if declared or _keras.has_seed(layer) or (rates and _DROPOUT.search(type(layer).__name__)):
+            if rates and not any(rates.values()) and not declared:
+                inactive.append((layer, rates))
+            else:
+                active.append(layer)
+        elif declared is None and not isinstance(layer, keras.Model) and not _is_known(layer):
+            opaque.append(layer)
+    return active, inactive, opaque
+
+
+def why_stochastic(operation):
+    """Why `operation`, a layer or `keras.Operation`, must be taken for random in training; None if it need not be."""
+    if not isinstance(operation, keras.Layer):
+        return None if _is_vouched(operation) else f"may be random: {type(operation).__name__} runs code of others"
+    active, _, opaque = stochastic_layers(operation)
+    if active:
+        layer = active[0]
+        rates = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
+        return " ".join(["random:", *([] if layer is operation else [layer.name]), type(layer).__name__, *rates])
+    layers = _keras.all_layers(operation)
+    operations = [other for layer in layers for other in _keras.operations(layer)]
+    opaque += [other for other in layers + operations if not _is_vouched(other)]
+    if opaque:
+        return f"may be random: {type(opaque[0]).__name__} declares no rdrop_stochastic"
+    for layer in layers:
+        if _keras.has_state(layer) and type(layer).__name__ not in _EXACT_STATE and not _is_declared(layer):
+            return f"may keep state: {type(layer).__name__} has non-trainable variables"
+    return None
+
+
+def check_stochastic(model):
+    """Raises if the passes of `model` would be identical.
+
+    Raises:
+        ValueError: If no layer is random in training. A model whose `call` is the user's own and holds no dropout
+            layer at all is let through: it may draw random numbers by itself.
+    """
+    active, inactive, opaque = stochastic_layers(model)
+    if opaque or (active and _keras.takes_training(model)):
+        return
+    if not active and not inactive and not _is_vouched(model):
+        return
+    if active:
+        raise ValueError(
+            f"`{type(model).__name__}.call` has no `training` argument, so Keras keeps its dropout off in training and "
+            "the passes of R-Drop would be identical. Write `def call(self, inputs, training=None)`. "
+            f"Received: model={model.name!r} with {_listed((layer, {}) for layer in active)}."
+        )
+    raise ValueError(
+        "R-Drop needs a layer that is random in training, else all passes are identical. Give a dropout layer a rate "
+        "above 0 (pretrained configurations often have 0: look for a `dropout` argument), or train with `alpha=0`. "
+        f"Received: model={model.name!r}, whose dropout layers are: {_listed(inactive) or 'none'}."
+    )
+
+
+def _rates(layer):
+    attributes = vars(layer)
+    return {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
+
+
+def _is_declared(operation):
+    return getattr(operation, "rdrop_stochastic", None) is False
+
+
+def _is_vouched(operation):
+    return _is_declared(operation) or _is_known(operation)
+
+
+def _is_known(operation):
+    """Whether all code that makes the outputs of `operation`, sublayers aside, is Keras's or KerasHub's."""
+    if type(operation).__name__ in _FOREIGN or "call" in vars(operation):
+        return False
+    for cls in type(operation).__mro__:
+        if cls is keras.Layer or cls is keras.Operation:
+            break
+        if not _is_from_known(cls.__module__):
+            defined = [name for name, value in vars(cls).items() if _is_code(value) and name not in _HARMLESS]
+            if defined:
+                return False
+    return not any(map(_is_foreign_callable, vars(operation).items()))
+
+
+def _is_code(value):
+    return callable(value) or isinstance(value, (classmethod, property, staticmethod))
+
+
+def _is_foreign_callable(attribute):
+    """Whether an attribute is a function that a layer may call on its inputs, such as an activation, of others."""
+    name, value = attribute
+    while isinstance(value, functools.partial):
+        value = value.func
+    if not callable(value) or isinstance(value, (type, keras.Layer)) or _NOT_CALLED.search(name):
+        return False
+    return not _is_from_known(getattr(value, "__module__", None) or type(value).__module__)
+
+
+def _is_from_known(module):
+    return module.partition(".")[0] in _KNOWN_LIBRARIES
+
+
+def _listed(layers):
+    rows = [" ".join([layer.path or layer.name, *(f"{k}={v}" for k, v in rates.items())]) for layer, rates in layers]
+    more = [f"and {len(rows) - 20} more"] if len(rows) > 20 else []
+    return ", ".join(rows[:20] + more)
