@@ -7,6 +7,7 @@ to run once or for every pass. It runs the model's own layers and owns nothing: 
 """
 
 import difflib
+import math
 
 import keras
 from keras import tree
@@ -28,6 +29,7 @@ class Step:
         outputs: Slots of the flat outputs.
         repeated: Whether it runs for every pass.
         reason: Why it does, or does not.
+        weights: The weights of the operation, if it is a layer.
     """
 
     def __init__(self, name, operation, node, inputs, outputs):
@@ -38,6 +40,10 @@ class Step:
         self.outputs = outputs
         self.repeated = False
         self.reason = "deterministic"
+
+    @property
+    def weights(self):
+        return getattr(self.operation, "weights", [])
 
     def repeat(self, reason):
         self.repeated = True
@@ -101,6 +107,16 @@ class PairedGraph:
     def shares(self):
         """Whether any step runs once for all passes."""
         return not all(step.repeated for step in self.steps)
+
+    def summary(self):
+        """One line on what runs once."""
+        repeated = {id(weight) for step in self.steps if step.repeated for weight in step.weights}
+        weights = {id(weight): weight for step in self.steps for weight in step.weights}
+        total = num_parameters(weights.values())
+        once = num_parameters(weight for key, weight in weights.items() if key not in repeated)
+        percent = f" ({once / total:.1%} of the parameters)" if total else ""
+        count = sum(not step.repeated for step in self.steps)
+        return f"{count} of {len(self.steps)} layer calls{percent} run once for all passes, share={self.share!r}"
 
     def __call__(self, inputs, num_passes, training):
         """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
@@ -275,6 +291,10 @@ class _Tensors:
 
     def put(self, slot, value, repeated):
         (self._repeated if repeated else self._once)[slot] = value
+
+
+def num_parameters(weights):
+    return sum(math.prod(weight.shape) for weight in weights)
 
 
 def _flat(program):

@@ -87,7 +87,7 @@ class RDropModel(keras.Model):
         _check_alpha(alpha)
         _check_divergence(divergence)
         _check_num_passes(num_passes)
-        _check_share(share)
+        check_share(share)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         if _keras.strategy_of(model) is not _keras.strategy_of(self):
@@ -112,6 +112,8 @@ class RDropModel(keras.Model):
         self._graph = None
         if self.alpha and model.built:
             self._make_graph()
+        elif self.alpha and not isinstance(model, keras.Sequential):
+            PairedGraph(model, share)  # For its errors: no graph will come of this model, but its layers are not known.
 
     def call(self, inputs, training=None):
         num_passes = pairing.passes_in_step()
@@ -195,6 +197,12 @@ class RDropModel(keras.Model):
     train_on_batch = _preprocessed("train_on_batch")
     test_on_batch = _preprocessed("test_on_batch")
     predict_on_batch = _preprocessed("predict_on_batch")
+
+    def summary(self, line_length=None, positions=None, print_fn=None, **kwargs):
+        """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
+        super().summary(line_length, positions, print_fn, **kwargs)
+        if self._graph is not None:
+            (print_fn or print)(f" R-Drop: {self._graph.summary()}")
 
     def export(self, filepath, *args, **kwargs):
         """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
@@ -291,7 +299,8 @@ def _check_num_passes(num_passes):
         raise ValueError(f"`num_passes` must be an integer ≥ 2. {received}")
 
 
-def _check_share(share):
+def check_share(share):
+    """Raises if `share` is no string; whether it names a layer is seen when the graph is made."""
     if not isinstance(share, str):
         raise TypeError(
             "`share` must be 'deterministic', 'nothing' or the name of a layer. "

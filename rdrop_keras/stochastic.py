@@ -66,7 +66,8 @@ def why_stochastic(operation):
     if active:
         layer = active[0]
         rates = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
-        return " ".join(["random:", *([] if layer is operation else [layer.name]), type(layer).__name__, *rates])
+        where = [] if layer is operation else ["holds"]
+        return " ".join(["random:", *where, type(layer).__name__, *rates])
     layers = _keras.all_layers(operation)
     operations = [other for layer in layers for other in _keras.operations(layer)]
     opaque += [other for other in layers + operations if not _is_vouched(other)]
@@ -82,13 +83,13 @@ def check_stochastic(model):
     """Raises if the passes of `model` would be identical.
 
     Raises:
-        ValueError: If no layer is random in training. A model whose `call` is the user's own and holds no dropout
-            layer at all is let through: it may draw random numbers by itself.
+        ValueError: If no layer is random in training. A model with no dropout layer at all is let through if its
+            `call`, or that of a model in it, is the user's own: it may draw random numbers by itself.
     """
     active, inactive, opaque = stochastic_layers(model)
     if opaque or (active and _keras.takes_training(model)):
         return
-    if not active and not inactive and not _is_vouched(model):
+    if not active and not inactive and not all(map(_is_vouched, _keras.all_layers(model))):
         return
     if active:
         raise ValueError(

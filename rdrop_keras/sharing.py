@@ -1,0 +1,96 @@
+"""What an `RDropModel` computes once, as a report to read."""
+
+import itertools
+from typing import NamedTuple
+
+import keras
+
+from rdrop_keras.graph import PairedGraph, num_parameters
+from rdrop_keras.model import RDropModel, check_share
+
+
+class Call(NamedTuple):
+    """One call of a layer or operation: its name, class, number of parameters, whether it runs once, and why."""
+
+    name: str
+    kind: str
+    parameters: int
+    once: bool
+    reason: str
+
+
+class Sharing:
+    """What the passes of R-Drop compute once; printed, it is a table with a row for each run of like calls.
+
+    Attributes:
+        calls: A list of `Call`, in the order in which they run.
+        summary: One line on all of them.
+    """
+
+    def __init__(self, graph):
+        self.calls = [
+            Call(
+                step.name,
+                type(step.operation).__name__,
+                num_parameters(step.weights),
+                not step.repeated,
+                step.reason,
+            )
+            for step in graph.steps
+        ]
+        self.summary = graph.summary()
+
+    def __repr__(self):
+        rows = [("layers", "calls", "parameters", "run", "why")]
+        for (once, reason), group in itertools.groupby(self.calls, key=lambda call: (call.once, call.reason)):
+            group = list(group)
+            names = group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}"
+            parameters = sum(call.parameters for call in group)
+            rows.append((names, str(len(group)), f"{parameters:,}", "once" if once else "each pass", reason))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            f"{layers:{widths[0]}}  {calls:>{widths[1]}}  {parameters:>{widths[2]}}  {run:{widths[3]}}  {why}"
+            for layers, calls, parameters, run, why in rows
+        ]
+        return "\n".join([self.summary, "", *lines])
+
+
+def sharing(model, share="deterministic"):
+    """What R-Drop would compute once for all passes of `model`, what for every pass, and why.
+
+    Layers before the first that is random in training give every pass the same values, so `RDropModel` runs them once
+    per step. A layer counts as random if it is, or if it cannot be known not to be: a subclassed model, a `Lambda`, an
+    activation of one's own, a layer from outside Keras and KerasHub that does not set `rdrop_stochastic = False`, a
+    layer with non-trainable variables other than batch normalization. So does one whose output has something else than
+    the batch on axis 0.
+
+    Args:
+        model: A built `keras.Model`, or an `RDropModel`, whose wrapped model is meant.
+        share: As for `RDropModel`: `"deterministic"`, `"nothing"` or the name of a layer.
+
+    Returns:
+        A `Sharing`, which prints as a table; `.calls` has a row for each call of a layer, and `.summary` is one line.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model` or `share` no string.
+        ValueError: If `model` is not built, or `share` names no layer after which something random comes.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dropout(0.1), keras.layers.Dense(2)], name="mlp"
+    ... )
+    >>> print(rdrop_keras.sharing(model).summary)
+    1 of 3 layer calls (78.3% of the parameters) run once for all passes, share='deterministic'
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    check_share(share)
+    if isinstance(model, RDropModel):
+        model = model.model
+    if not model.built:
+        raise ValueError(
+            "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
+            f"Received: model={model.name!r}, which is not."
+        )
+    return Sharing(PairedGraph(model, share))
