@@ -22,63 +22,96 @@ _TINY = float(np.finfo("float32").tiny)
 _MINUS_INFINITY = -1e30
 
 
-def _covariance(u, v):
-    """Sample covariance over axis 0, per element."""
-    num_passes = u.shape[0]
-    u = u - ops.mean(u, axis=0, keepdims=True)
-    v = v - ops.mean(v, axis=0, keepdims=True)
-    return ops.sum(u * v, axis=0) / (num_passes - 1)
+def _mean(tensors):
+    return sum(tensors) / len(tensors)
+
+
+def _covariance(us, vs):
+    """Sample covariance over passes, per element."""
+    if len(us) == 2:
+        return 0.5 * (us[0] - us[1]) * (vs[0] - vs[1])
+    u_mean, v_mean = _mean(us), _mean(vs)
+    return sum((u - u_mean) * (v - v_mean) for u, v in zip(us, vs)) / (len(us) - 1)
 
 
 def _log(probabilities):
     return ops.log(ops.maximum(probabilities, _TINY))
 
 
-def _softmax_pair(outputs, from_logits, axis):
-    """Probabilities and their logarithms over `axis`."""
-    if from_logits:
-        log_p = ops.log_softmax(outputs, axis=axis)
-        return ops.exp(log_p), ops.maximum(log_p, _MINUS_INFINITY)
-    return outputs, _log(outputs)
+def _softmax_pair(passes, from_logits, axis):
+    """Probabilities and their logarithms over `axis`, of each pass."""
+    if not from_logits:
+        return passes, [_log(p) for p in passes]
+    log_ps = [ops.log_softmax(z, axis=axis) for z in passes]
+    return [ops.exp(p) for p in log_ps], [ops.maximum(p, _MINUS_INFINITY) for p in log_ps]
 
 
-def _kl(outputs, from_logits, axis):
-    return ops.sum(_covariance(*_softmax_pair(outputs, from_logits, axis)), axis=axis - (axis > 0))
+def _kl(passes, from_logits, axis):
+    if from_logits and len(passes) == 2:
+        return _kl_of_two(*passes, axis)
+    return ops.sum(_covariance(*_softmax_pair(passes, from_logits, axis)), axis=axis)
 
 
-def _bernoulli_kl(outputs, from_logits, axis):
+def _kl_of_two(a, b, axis):
+    """½(KL + KL) of two passes from their logits, with its gradient written out.
+
+    With e = a − b and ⟨·⟩ a sum over the classes, in which log-partitions cancel,
+
+        D = ½⟨(P − Q) e⟩    2 ∂D/∂a = P (e − ⟨P e⟩ + 1) − Q    2 ∂D/∂b = Q (⟨Q e⟩ − e + 1) − P.
+
+    Differentiation would make twice the operations of it, and over the many classes of a language model it is these
+    that R-Drop's step costs more than one of twice the rows.
+    """
+
+    @ops.custom_gradient
+    def divergence(a, b):
+        p, q = ops.softmax(a, axis=axis), ops.softmax(b, axis=axis)
+        e = ops.maximum(a, _MINUS_INFINITY) - ops.maximum(b, _MINUS_INFINITY)
+        # ⟨P − Q⟩ = 0, so that any number of each row may be taken off e: with this one the difference of saturated
+        # outputs, where P and Q have rounded to 1, is 0 and not lost in rounding.
+        e = e - ops.sum(p * e, axis=axis, keepdims=True)
+        twice = ops.sum((p - q) * e, axis=axis, keepdims=True)
+
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
+            half = 0.5 * ops.expand_dims(upstream, axis)
+            return half * (p * (e + 1.0) - q), half * (q * (1.0 - twice - e) - p)
+
+        return 0.5 * ops.squeeze(ops.maximum(twice, 0.0), axis), gradient  # Rounding may leave less than 0.
+
+    return divergence(a, b)
+
+
+def _bernoulli_kl(passes, from_logits, axis):
     # Σ over both outcomes of cov(p, log p) is cov(p, log-odds). p − p̄ is written p q̄ − q p̄, which keeps its digits
     # where p has rounded to 1.
     if from_logits:
-        p, q = ops.sigmoid(outputs), ops.sigmoid(-outputs)
-        log_odds = ops.clip(outputs, _MINUS_INFINITY, -_MINUS_INFINITY)
+        ps, qs = [ops.sigmoid(z) for z in passes], [ops.sigmoid(-z) for z in passes]
+        log_odds = [ops.clip(z, _MINUS_INFINITY, -_MINUS_INFINITY) for z in passes]
     else:
-        p, q = outputs, 1.0 - outputs
-        log_odds = _log(p) - _log(q)
-    p_mean = ops.mean(p, axis=0, keepdims=True)
-    q_mean = ops.mean(q, axis=0, keepdims=True)
-    log_odds = log_odds - ops.mean(log_odds, axis=0, keepdims=True)
-    divergence = ops.sum((p * q_mean - q * p_mean) * log_odds, axis=0) / (outputs.shape[0] - 1)
-    return ops.mean(divergence, axis=axis - (axis > 0))
+        ps, qs = passes, [1.0 - p for p in passes]
+        log_odds = [_log(p) - _log(q) for p, q in zip(ps, qs)]
+    p_mean, q_mean, odds_mean = _mean(ps), _mean(qs), _mean(log_odds)
+    terms = [(p * q_mean - q * p_mean) * (odds - odds_mean) for p, q, odds in zip(ps, qs, log_odds)]
+    return ops.mean(sum(terms) / (len(passes) - 1), axis=axis)
 
 
-def _mse(outputs, from_logits, axis):
+def _mse(passes, from_logits, axis):
     del from_logits
-    return ops.mean(2.0 * _covariance(outputs, outputs), axis=axis - (axis > 0))
+    return ops.mean(2.0 * _covariance(passes, passes), axis=axis)
 
 
-def _js(outputs, from_logits, axis):
+def _js(passes, from_logits, axis):
     # With M = (P+Q)/2, s = |log P − log Q| and g = log 2 − log(1 + e^−s):
     # P log P/M + Q log Q/M = (P+Q) g − s min(P, Q). Every pair has an M of its own: this one is quadratic in m.
-    p, log_p = _softmax_pair(outputs, from_logits, axis)
-    num_passes = outputs.shape[0]
+    ps, log_ps = _softmax_pair(passes, from_logits, axis)
     total = 0.0
-    for i in range(num_passes):
+    for i in range(len(passes)):
         for j in range(i):
-            s = ops.abs(log_p[i] - log_p[j])
+            s = ops.abs(log_ps[i] - log_ps[j])
             g = -ops.log1p(0.5 * ops.expm1(-s))
-            total = total + (p[i] + p[j]) * g - s * ops.minimum(p[i], p[j])
-    return ops.sum(total, axis=axis - (axis > 0)) / (num_passes * (num_passes - 1))
+            total = total + (ps[i] + ps[j]) * g - s * ops.minimum(ps[i], ps[j])
+    return ops.sum(total, axis=axis) / (len(passes) * (len(passes) - 1))
 
 
 _FUNCTIONS = {"bernoulli_kl": _bernoulli_kl, "js": _js, "kl": _kl, "mse": _mse}
@@ -131,9 +164,9 @@ class Divergence:
     Raises:
         ValueError: For an unknown `name`.
 
-    Called with a tensor of shape `(m, batch, …)`, the outputs of m passes, it returns their divergence, of shape
-    `(batch, …)` without `axis`. It is then an error if `from_logits` is needed and not given, or if there are fewer
-    than two passes or two classes.
+    Called with the outputs of m passes, a list of tensors of shape `(batch, …)` or one tensor of shape
+    `(m, batch, …)`, it returns their divergence, of shape `(batch, …)` without `axis`. It is then an error if
+    `from_logits` is needed and not given, or if there are fewer than two passes or two classes.
 
     Example:
 
@@ -162,23 +195,27 @@ class Divergence:
                 f"Divergence {self.name!r} must know whether the outputs are logits or probabilities. "
                 f"Pass `from_logits=True` or `from_logits=False`. Received: {self}."
             )
-        outputs = ops.convert_to_tensor(outputs)
-        outputs = ops.cast(outputs, keras.backend.result_type(outputs.dtype, "float32"))
-        if outputs.shape[0] is None or outputs.shape[0] < 2:
-            raise ValueError(
-                f"A divergence needs the outputs of at least two passes on axis 0. Received: "
-                f"shape={tuple(outputs.shape)}."
-            )
-        if len(outputs.shape) == 2:
-            outputs = ops.expand_dims(outputs, axis=-1)  # One output a row, as Keras's losses see it.
-        # A positive axis counts from the batch, which the axis of passes has moved by one.
-        axis = -1 if self.axis is None else self.axis + (self.axis > 0)
-        if self.name in ("js", "kl") and outputs.shape[axis] == 1:
+        if not isinstance(outputs, (list, tuple)):
+            outputs = ops.convert_to_tensor(outputs)
+            if outputs.shape[0] is None:
+                raise ValueError(
+                    "The number of passes, axis 0 of a tensor of all, must be known; or give a list with one tensor "
+                    f"for each pass. Received: shape={tuple(outputs.shape)}."
+                )
+            outputs = ops.unstack(outputs, outputs.shape[0])
+        passes = [ops.convert_to_tensor(output) for output in outputs]
+        if len(passes) < 2:
+            raise ValueError(f"A divergence needs the outputs of at least two passes. Received: {len(passes)}.")
+        passes = [ops.cast(output, keras.backend.result_type(output.dtype, "float32")) for output in passes]
+        if len(passes[0].shape) == 1:
+            passes = [ops.expand_dims(output, axis=-1) for output in passes]  # As Keras's losses see one output a row.
+        axis = -1 if self.axis is None else self.axis
+        if self.name in ("js", "kl") and passes[0].shape[axis] == 1:
             raise ValueError(
                 f"Divergence {self.name!r} is 0 over a single class. For one sigmoid output a row use 'bernoulli_kl'. "
-                f"Received: outputs of shape {tuple(outputs.shape)} (passes, batch, …), axis={self.axis}."
+                f"Received: outputs of shape {tuple(passes[0].shape)} (batch, …), axis={self.axis}."
             )
-        return _FUNCTIONS[self.name](outputs, self.from_logits, axis)
+        return _FUNCTIONS[self.name](passes, self.from_logits, axis)
 
     def get_config(self):
         return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}

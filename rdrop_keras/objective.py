@@ -112,19 +112,19 @@ class _PassesLoss:
             return self.loss(y_true, y_pred, sample_weight)
         passes = pairing.split(y_pred, num_passes)
         if self.divergence is not None:
-            term = self._consistency(y_true, y_pred, [_keras.get_keras_mask(p) for p in passes], sample_weight)
+            term = self._consistency(y_true, passes, sample_weight)
             _terms.get().append(term if self.loss_weight is None else self.loss_weight * term)
         return sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
 
-    def _consistency(self, y_true, y_pred, masks, sample_weight):
+    def _consistency(self, y_true, passes, sample_weight):
         """1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), with the weights, the mask and the denominator of the loss."""
         divergence = self.divergence
-        logits = _keras.keras_logits(y_pred)
-        if divergence.from_logits is False and logits is not None:
+        masks = [mask for mask in map(_keras.get_keras_mask, passes) if mask is not None]
+        logits = [_keras.keras_logits(output) for output in passes]
+        if divergence.from_logits is False and logits[0] is not None:
             # The probabilities came out of a softmax or sigmoid: its inputs have not been rounded to 0 and 1.
-            y_pred, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
-        values = divergence(pairing.stack(y_pred, len(masks)))
-        masks = [mask for mask in masks if mask is not None]
+            passes, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
+        values = divergence(passes)
         if self.ignored_class is not None:
             counts = ops.not_equal(y_true, ops.cast(self.ignored_class, y_true.dtype))
             masks.append(ops.reshape(counts, ops.shape(values)))

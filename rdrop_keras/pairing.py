@@ -59,17 +59,16 @@ def split(tensors, num_passes):
     Keras's masks and cached logits go with the tensors.
     """
 
-    def take(tensor, index):
-        size = ops.shape(tensor)[0] // num_passes
-        return tensor[index * size : (index + 1) * size]
+    def parts(tensor):
+        return ops.split(tensor, num_passes, axis=0)
 
-    def passes(tensor, index):
-        return _keras.copy_annotations(tensor, take(tensor, index), lambda attached: take(attached, index))
+    def annotated_parts(tensor):
+        if tensor is None:
+            return [None] * num_passes
+        return [
+            _keras.copy_annotations(tensor, part, lambda attached, i=i: parts(attached)[i])
+            for i, part in enumerate(parts(tensor))
+        ]
 
-    return [tree.map_structure(lambda t, i=i: None if t is None else passes(t, i), tensors) for i in range(num_passes)]
-
-
-def stack(tensor, num_passes):
-    """`(mN, …)` to `(m, N, …)`."""
-    shape = ops.shape(tensor)
-    return ops.reshape(tensor, (num_passes, shape[0] // num_passes, *shape[1:]))
+    flat = [annotated_parts(tensor) for tensor in tree.flatten(tensors)]
+    return [tree.pack_sequence_as(tensors, [passes[i] for passes in flat]) for i in range(num_passes)]
