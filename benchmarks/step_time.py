@@ -2,7 +2,7 @@
 
 All variants of a case train the same network on the same batch of random data, in one process, one step each in turn,
 so that what slows the machine slows all of them. A figure is the median over rounds of the ratio to the plain step of
-the same round. Peak memory is that of a process of its own for each variant.
+the same round. Peak memory is that of a process of its own for each variant, and is read on Linux only.
 
     python step_time.py                                  # the five small cases, 15 rounds
     python step_time.py --backend jax --cases bert,lm
@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -259,7 +259,9 @@ def own_memory(case, variant):
         statistics_ = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in statistics_:
             return statistics_["peak_bytes_in_use"] / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Not `getrusage`, whose peak a process inherits from the one that started it.
+    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+    return float(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
 
 def seconds_to_build():
@@ -277,30 +279,32 @@ def ratios(seconds, name, base):
     return [a / b for a, b in zip(seconds[name], seconds[base])]
 
 
-def measured(case):
+def timed(case):
     seconds = time_case(case)
     rows = {}
     for name in seconds:
-        over_plain, over_double = ratios(seconds, name, "plain"), ratios(seconds, name, "plain, 2N rows")
+        over_plain = ratios(seconds, name, "plain")
         rows[name] = {
             "seconds": statistics.median(seconds[name]),
             "ratio": statistics.median(over_plain),
             "ratio_quartiles": statistics.quantiles(over_plain, n=4)[::2],
-            "ratio_to_2N": statistics.median(over_double),
+            "ratio_to_2N": statistics.median(ratios(seconds, name, "plain, 2N rows")),
         }
-        if not ARGS.no_memory:
-            rows[name]["peak_MiB"] = memory(case, name)
     _, batch_size, title = CASES[case]
     print(f"\n{title}, N = {ARGS.batch_size or batch_size}")
-    print(f"{'':28} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6} {'peak MiB':>9}")
+    print(f"{'':28} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6}")
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
-        print(
-            f"{name:28} {row['seconds']:8.4f} {row['ratio']:8.2f} {low:6.2f}-{high:.2f} {row['ratio_to_2N']:8.2f} "
-            f"{row.get('peak_MiB', float('nan')):9.0f}",
-            flush=True,
-        )
+        print(f"{name:28} {row['seconds']:8.4f} {row['ratio']:8.2f} {low:8.2f}-{high:.2f} {row['ratio_to_2N']:6.2f}")
+    sys.stdout.flush()
     return {"title": title, "batch_size": ARGS.batch_size or batch_size, "variants": rows}
+
+
+def add_memory(case, variants_):
+    print(f"\n{CASES[case][2]}: peak MiB")
+    for name, row in variants_.items():
+        row["peak_MiB"] = round(memory(case, name))
+        print(f"{name:28} {row['peak_MiB']:8}", flush=True)
 
 
 def main():
@@ -316,9 +320,12 @@ def main():
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "hardware": hardware(),
         "seconds_to_build_12_layers": seconds_to_build(),
-        "cases": {case: measured(case) for case in ARGS.cases.split(",")},
+        "cases": {case: timed(case) for case in ARGS.cases.split(",")},
     }
     print(f"\nPaired graph of a BERT with 12 layers: {result['seconds_to_build_12_layers']:.4f} s")
+    if not ARGS.no_memory and sys.platform == "linux":
+        for case, measured in result["cases"].items():
+            add_memory(case, measured["variants"])
     if ARGS.out:
         ARGS.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -34,8 +34,8 @@ def _preprocessed(method):
 class RDropModel(keras.Model):
     """Trains a model with R-Drop: regularized dropout (Liang et al., NeurIPS 2021, arXiv 2106.14448).
 
-    Each batch passes through the model m times with different dropout, and a consistency term pulls the outputs of
-    the passes together:
+    Each batch passes through the model m times with different dropout, layers before the first dropout once, and a
+    consistency term pulls the outputs of the passes together:
 
         L = 1/m · [ Σ_i loss(y, P_i)  +  α / (m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j) ]
 
@@ -64,13 +64,19 @@ class RDropModel(keras.Model):
             cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. Or one of these names, `"js"`,
             or a `rdrop_keras.Divergence`; or a dict or list with one of them for each output.
         num_passes: m ≥ 2 (section 4.3 of the paper). Defaults to 2.
+        share: What the passes compute once. `"deterministic"`, the default: all layers of a Functional or Sequential
+            model, nested ones too, before the first that is random; the passes are the same as without it, and
+            `rdrop_keras.sharing` tells what is shared and why. `"nothing"`: the inputs are repeated, as in the paper.
+            The name of a layer, `"backbone/pooled_dense"` if nested (or the end of it): all that this layer needs is
+            computed once with it, dropout included, and only what follows differs between passes: R-Drop on the head
+            of a large encoder, nearly free.
         name: Name of the wrapper.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has an impossible value; if no layer of `model` is random in training; if `model`
-            was made under another `tf.distribute` strategy; if `model` overrides a step of training that the wrapper
-            replaces.
+        ValueError: If an argument has an impossible value; if no layer of `model` is random in training, or none after
+            the layer `share` names; if `model` was made under another `tf.distribute` strategy; if `model` overrides a
+            step of training that the wrapper replaces.
 
     Example:
 

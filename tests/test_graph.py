@@ -1,3 +1,4 @@
+import contextlib
 import time
 
 import keras
@@ -226,6 +227,47 @@ def test_trains_as_with_tiled_inputs(make):
     assert_close(*states)
 
 
+@pytest.mark.backends("tensorflow")
+def test_jit_compile():
+    states = []
+    for share in ("deterministic", "nothing"):
+        model, x, y = wrap(cnn, share)
+        compile_for(model, jit_compile=True)
+        logs = [model.train_on_batch(x, y, return_dict=True) for _ in range(3)]
+        states.append((logs, [to_numpy(v) for v in model.variables]))
+    assert_close(*states)
+
+
+@contextlib.contextmanager
+def two_devices():
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        one_device = tf.distribute.ReductionToOneDevice()
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=one_device).scope():
+            yield
+    else:
+        devices = keras.distribution.list_devices()[:2]
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+        try:
+            yield
+        finally:
+            keras.distribution.set_distribution(None)
+
+
+@pytest.mark.backends("jax", "tensorflow")
+@pytest.mark.parametrize("make", [cnn, nested])
+def test_on_two_devices(make):
+    states = []
+    for share in ("deterministic", "nothing"):
+        with two_devices():
+            model, x, y = wrap(make, share)
+            compile_for(model)
+            history = model.fit(x, y, batch_size=6, epochs=3, shuffle=False, verbose=0).history
+        states.append((history, [to_numpy(v) for v in model.variables]))
+    assert_close(*states)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -331,7 +373,6 @@ def test_share_errors():
         wrapped("turned", keras.Model(inputs, layers.Dropout(0.5)(turned)))
 
 
-@keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,6 +1,7 @@
 """The code in the README and in docstrings runs as it stands."""
 
 import doctest
+import json
 import os
 import pathlib
 import re
@@ -49,9 +50,20 @@ def test_files_and_names_exist():
         assert hasattr(rdrop_keras, name), name
 
 
-@pytest.mark.parametrize("name", ["Divergence", "RDropModel"])
+@pytest.mark.parametrize("name", sorted(set(rdrop_keras.__all__) - {"__version__"}))
 def test_docstrings(name):
     names = {"keras": keras, "np": np, "rdrop_keras": rdrop_keras}
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(rdrop_keras, name), name, globs=names)
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_step_times_are_those_measured():
+    (path,) = (ROOT / "benchmarks" / "results").glob("step_time.json")
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    _, _, *rows = re.search(r"^\| × the time of a plain step.*?\n\n", README, re.MULTILINE | re.DOTALL)[0].split("\n")
+    names = [name for name in cases["bert"]["variants"] if name != "plain"]
+    for name, row in zip(names, rows):
+        cells = [cell.strip() for cell in row.strip("| ").split("|")][1:]
+        measured = [case["variants"].get(name) for case in cases.values()]
+        assert [f"{m['ratio']:.2f}" if m else "" for m in measured][: len(cells)] == cells

@@ -113,9 +113,10 @@ def test_other_random_generators_are_no_reason_to_lose_weights(tmp_path):
 
 @pytest.mark.parametrize("divergence", ["auto", Divergence("js", from_logits=True), {"out": Divergence("kl")}, ["mse"]])
 def test_configuration(divergence):
-    model = RDropModel(mlp(), 2.5, divergence=divergence, num_passes=4, name="mine")
+    model = RDropModel(mlp(), 2.5, divergence=divergence, num_passes=4, share="nothing", name="mine")
     again = RDropModel.from_config(model.get_config())
     assert again.name == "mine" and again.alpha == 2.5 and again.num_passes == 4 and again.divergence == divergence
+    assert again.share == "nothing"
     assert [layer.name for layer in again.model.layers] == [layer.name for layer in model.model.layers]
     assert not again.compiled
 
