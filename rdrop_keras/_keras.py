@@ -26,6 +26,7 @@ __all__ = [
     "has_seed",
     "has_state",
     "keras_logits",
+    "loss_weights",
     "name_scope",
     "nodes",
     "operation_fn",
@@ -35,6 +36,7 @@ __all__ = [
     "set_keras_mask",
     "standardized",
     "strategy_of",
+    "strategy_scope",
     "takes_training",
     "unscale_loss_for_distribution",
 ]
@@ -101,7 +103,7 @@ def converted(tensor, mask=None, *, model, reference=None):
     if reference is not None:
         result = keras.ops.convert_to_tensor(result, dtype=reference.dtype, sparse=reference.sparse)
     if result is not tensor:
-        copy_annotations(tensor, result, lambda attached: attached)
+        copy_annotations([tensor], result, lambda attached: attached[0])
     if mask is not None:
         set_keras_mask(result, mask)
     return result
@@ -146,6 +148,17 @@ def strategy_of(model):
     return getattr(model, "_distribute_strategy", None)
 
 
+def strategy_scope(model):
+    """The scope of the `tf.distribute` strategy `model` was made under, or none."""
+    strategy = strategy_of(model)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def loss_weights(model):
+    """The `loss_weights` `model` was compiled with."""
+    return model._compile_loss._user_loss_weights
+
+
 def keras_logits(probabilities):
     """The logits that `softmax` or `sigmoid` made `probabilities` from, or None.
 
@@ -155,12 +168,12 @@ def keras_logits(probabilities):
     return getattr(probabilities, "_keras_logits", None)
 
 
-def copy_annotations(source, target, function):
-    """Puts on `target` what Keras attaches to `source` (mask and logits), each through `function`."""
-    mask = get_keras_mask(source)
-    if mask is not None:
-        set_keras_mask(target, function(mask))
-    logits = keras_logits(source)
-    if logits is not None:
+def copy_annotations(sources, target, function):
+    """Puts on `target` what Keras attaches to all of `sources` (mask and logits): `function` of the list of these."""
+    masks = [get_keras_mask(source) for source in sources]
+    if all(mask is not None for mask in masks):
+        set_keras_mask(target, function(masks))
+    logits = [keras_logits(source) for source in sources]
+    if all(logit is not None for logit in logits):
         target._keras_logits = function(logits)
     return target

@@ -217,6 +217,12 @@ class Divergence:
             )
         return _FUNCTIONS[self.name](passes, self.from_logits, axis)
 
+    def decisions(self, output):
+        """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` whether it is likely."""
+        if self.name == "bernoulli_kl":
+            return ops.greater(output, 0.0 if self.from_logits else 0.5)
+        return ops.argmax(output, axis=-1 if self.axis is None else self.axis)
+
     def get_config(self):
         return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}
 

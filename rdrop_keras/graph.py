@@ -6,7 +6,9 @@ It lists the calls that a Functional or Sequential model records, those of neste
 to run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
 """
 
+import contextlib
 import difflib
+import functools
 import math
 
 import keras
@@ -118,28 +120,45 @@ class PairedGraph:
         count = sum(not step.repeated for step in self.steps)
         return f"{count} of {len(self.steps)} layer calls{percent} run once for all passes, share={self.share!r}"
 
-    def __call__(self, inputs, num_passes, training):
-        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
+    def __call__(self, inputs, num_passes, training, rates=None):
+        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`.
+
+        Args:
+            inputs: What the model is called with.
+            num_passes: m.
+            training: As of the model.
+            rates: `(DropoutRates, a rate for each pass)`: the passes then run one after another, each at its rate, and
+                batch normalization behind the first dropout sees them one by one.
+        """
         once = dict(zip(self._inputs, _keras.standardized(self.model, self._functional, inputs)))
-        tensors = _Tensors(once, num_passes)
         with _keras.call_context(self.model, training), _keras.autocast_scope(self.model):
-            self._run(self._program, tensors, training)
+            self._run(self._program, _Tensors(once, 1), training, repeated=False)
+            if rates is None:
+                return self._run_passes(_Tensors(once, num_passes), training)
+            dropout, of_passes = rates
+            at = [functools.partial(dropout.at, rate) for rate in of_passes]
+            return pairing.concatenate([self._run_passes(_Tensors(once, 1), training, at_rate) for at_rate in at])
+
+    def _run_passes(self, tensors, training, at_rate=contextlib.nullcontext):
+        self._run(self._program, tensors, training, repeated=True, at_rate=at_rate)
         return _keras.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
 
-    def _run(self, program, tensors, training):
+    def _run(self, program, tensors, training, repeated, at_rate=contextlib.nullcontext):
+        """Runs the steps that are, or are not, repeated."""
         for item in program:
             if isinstance(item, _Nested):
                 with _keras.name_scope(item.model), _keras.autocast_scope(item.model):
-                    self._run(item.steps, tensors, training)
-                continue
-            values = {tensor: tensors.get(slot, item.repeated) for tensor, slot in item.inputs.items()}
-            if isinstance(item, _Conversion):
-                outputs = [_keras.converted(*values.values(), model=item.operation, reference=item.reference)]
-            else:
-                args, kwargs = item.node.arguments.fill_in(values)
-                outputs = tree.flatten(_keras.operation_fn(item.operation, training=training)(*args, **kwargs))
-            for slot, output in zip(item.outputs, outputs):
-                tensors.put(slot, output, item.repeated)
+                    self._run(item.steps, tensors, training, repeated, at_rate)
+            elif item.repeated == repeated:
+                values = {tensor: tensors.get(slot, repeated) for tensor, slot in item.inputs.items()}
+                if isinstance(item, _Conversion):
+                    outputs = [_keras.converted(*values.values(), model=item.operation, reference=item.reference)]
+                else:
+                    args, kwargs = item.node.arguments.fill_in(values)
+                    with at_rate(item.operation):
+                        outputs = tree.flatten(_keras.operation_fn(item.operation, training=training)(*args, **kwargs))
+                for slot, output in zip(item.outputs, outputs):
+                    tensors.put(slot, output, repeated)
 
     def _slot(self):
         self._num_slots += 1

@@ -5,13 +5,13 @@ It decides when a step is paired. How the passes are made is in `pairing.py`, th
 
 import contextlib
 import functools
-import math
-import numbers
 
 import keras
-from keras import tree
+import numpy as np
+from keras import ops, tree
 
-from rdrop_keras import _keras, divergences, pairing, preprocessing, random_state, stochastic
+from rdrop_keras import _keras, arguments, pairing, preprocessing, random_state, stochastic
+from rdrop_keras import alpha as alphas
 from rdrop_keras.graph import PairedGraph
 from rdrop_keras.objective import RDropLoss
 
@@ -24,8 +24,12 @@ def _preprocessed(method):
     def call(self, *args, **kwargs):
         with self._reporting(evaluation=method in ("evaluate", "test_on_batch")):
             if preprocessing.pipeline_class(self.model) is None:
-                return plain(self, *args, **kwargs)
-            return preprocessing.run(method, self.model, self, args, kwargs)
+                result = plain(self, *args, **kwargs)
+            else:
+                result = preprocessing.run(method, self.model, self, args, kwargs)
+        if method == "fit" and isinstance(self._alpha, alphas.Budgeted):
+            self._alpha.warn_at_maximum()
+        return result
 
     return call
 
@@ -88,66 +92,89 @@ class RDropModel(keras.Model):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
-    def __init__(self, model, alpha=1.0, divergence="auto", num_passes=2, share="deterministic", name=None):
-        _check_model(model)
-        _check_alpha(alpha)
-        _check_divergence(divergence)
-        _check_num_passes(num_passes)
-        check_share(share)
+    def __init__(
+        self,
+        model,
+        alpha=1.0,
+        divergence="auto",
+        num_passes=2,
+        every=1,
+        dropout_rates=None,
+        share="deterministic",
+        name=None,
+    ):
+        arguments.check_model(model, RDropModel)
+        arguments.check_alpha(alpha)
+        arguments.check_divergence(divergence)
+        arguments.check_integer("num_passes", num_passes, least=2)
+        arguments.check_integer("every", every, least=1)
+        arguments.check_dropout_rates(dropout_rates, num_passes)
+        arguments.check_share(share)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
-        if _keras.strategy_of(model) is not _keras.strategy_of(self):
-            raise ValueError(
-                "`model` and the RDropModel around it must be made under the same `strategy.scope()`. Received: "
-                f"model={model.name!r} made under {_described(_keras.strategy_of(model))}, the RDropModel under "
-                f"{_described(_keras.strategy_of(self))}."
-            )
-        self.alpha = float(alpha)
+        arguments.check_strategy(model, self)
+        self.alpha = alpha if callable(alpha) or isinstance(alpha, alphas.KLBudget) else float(alpha)
         self.divergence = divergence
         self.num_passes = int(num_passes)
+        self.every = int(every)
+        self.dropout_rates = None if dropout_rates is None else tuple(map(float, dropout_rates))
         self.share = share
         self.model = model
         self.built = model.built
-        self._task_loss = keras.metrics.Mean(name="task_loss")
-        self._consistency_loss = keras.metrics.Mean(name="consistency_loss")
+        self._plain = self.alpha == 0
+        self._alpha = alphas.make(alpha, self)
+        names = ["task_loss", "consistency_loss", *(["alpha"] if self._alpha.variables else [])]
+        self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
         # `alpha=0` draws nothing that the model alone would not draw.
-        self._torch_seed = random_state.torch_seed() if self.alpha else None
+        self._torch_seed = None if self._plain else random_state.torch_seed()
         # By this Keras's trainers (3.15.1) decide whether to pass `training`: the answer is the model's.
         self._call_has_training_arg = _keras.takes_training(model)
         self._evaluating = False
+        self._num_steps = 0  # Steps made, by which `every` counts. No variable: it decides which program runs.
+        self._paired = True  # Whether the step under way is one of R-Drop.
         self._graph = None
-        if self.alpha and model.built:
+        self._rates = None
+        if not self._plain and model.built:
             self._make_graph()
-        elif self.alpha and not isinstance(model, keras.Sequential):
+        elif not self._plain and not isinstance(model, keras.Sequential):
             PairedGraph(model, share)  # For its errors: no graph will come of this model, but its layers are not known.
+            arguments.check_built(model, dropout_rates)
 
     def call(self, inputs, training=None):
         num_passes = pairing.passes_in_step()
-        if num_passes > 1 and self._graph is None and isinstance(self.model, keras.Sequential):
+        if num_passes == 1:
+            return self._call_model(inputs, training)
+        if self._graph is None and isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
             self.model.build(tuple(inputs.shape))
             self._make_graph()
-        if num_passes > 1 and self._graph is not None and self._graph.shares:
-            return self._graph(inputs, num_passes, training)
-        inputs = pairing.tile(inputs, num_passes)
-        outputs = self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
-        if num_passes > 1 and self._graph is None:  # Now that all layers exist.
+        if self._graph is not None and self._graph.shares:
+            return self._graph(inputs, num_passes, training, self._rates)
+        if self._rates is not None:
+            rates, of_passes = self._rates
+            outputs = []
+            for rate in of_passes:
+                with rates.at(rate, self.model):
+                    outputs.append(self._call_model(inputs, training))
+            return pairing.concatenate(outputs)
+        outputs = self._call_model(pairing.tile(inputs, num_passes), training)
+        if self._graph is None:  # Now that all layers exist.
             self._make_graph()
         return outputs
 
     def stateless_call(self, *args, **kwargs):
         # Keras's JAX trainer (3.15.1) calls `model.call` itself, with no call context: in a model that does not hand
         # `training` on to its layers, dropout stays off. With `alpha=0` the wrapped model is trained just so.
-        return super().stateless_call(*args, **kwargs) if self.alpha else self.model.stateless_call(*args, **kwargs)
+        return self.model.stateless_call(*args, **kwargs) if self._plain else super().stateless_call(*args, **kwargs)
 
     def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, *args, **kwargs):
         """Configures training; see `keras.Model.compile`, whose arguments it takes.
 
         Raises:
-            ValueError: If there is no `loss`, of which R-Drop needs one unless `alpha=0`, or if the divergence of an
-                output cannot be told from it.
+            ValueError: If there is no `loss`, of which R-Drop needs one unless `alpha=0`; if the divergence of an
+                output cannot be told from it; if `steps_per_execution` is above 1 while `every` is.
         """
         objective = None
-        if self.alpha:
+        if not self._plain:
             if all(leaf is None for leaf in tree.flatten(loss)):
                 raise ValueError(
                     "R-Drop needs a compiled `loss`: `compile(optimizer, loss=...)`; without one only `alpha=0` can be "
@@ -157,12 +184,18 @@ class RDropModel(keras.Model):
                 loss,
                 loss_weights,
                 getattr(self, "output_names", None),
-                alpha=self.alpha,
+                alpha=self._alpha,
                 divergence=self.divergence,
-                task_loss=self._task_loss,
-                consistency_loss=self._consistency_loss,
+                trackers=self._trackers,
             )
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        if self.every > 1 and self.steps_per_execution > 1:
+            self.compiled = False
+            raise ValueError(
+                "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
+                "between which an execution of several steps cannot choose. "
+                f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
+            )
         if objective is not None:
             self._compile_loss = objective
             if self.model.built:
@@ -174,11 +207,40 @@ class RDropModel(keras.Model):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def make_train_function(self, force=False):
+        if self.every == 1 or self._plain:
+            super().make_train_function(force)
+            return
+        if self.train_function is not None and not force:
+            return
+        functions = {}
+        for paired in (True, False):
+            # A function of its own each time: JAX would take the program of an equal one from its cache.
+            vars(self)["train_step"] = lambda *args: type(self).train_step(self, *args)
+            super().make_train_function(force=True)
+            del vars(self)["train_step"]
+            functions[paired] = self.train_function
+
+        def train_function(*args):
+            self._paired = self._num_steps % self.every == 0
+            result = functions[self._paired](*args)
+            self._num_steps += 1
+            return result
+
+        self.train_function = train_function
+
     def train_step(self, *args):
-        if not self.alpha:
+        if self._plain:
             return super().train_step(*args)
-        with pairing.paired_step(self.num_passes), random_state.drawing_from(self._torch_seed):
+        num_passes = self.num_passes if self._paired else 1
+        with pairing.training_step(num_passes), random_state.drawing_from(self._torch_seed):
             return super().train_step(*args)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if pairing.in_training_step():
+            self._alpha.end_step()
+        return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         num_passes = pairing.passes_in_step()
@@ -189,9 +251,10 @@ class RDropModel(keras.Model):
     @property
     def metrics(self):
         metrics = super().metrics
-        if self.alpha and not self._evaluating:
+        if not self._plain and not self._evaluating:
             return metrics
-        return [metric for metric in metrics if metric not in (self._task_loss, self._consistency_loss)]
+        own = list(self._trackers.values())
+        return [metric for metric in metrics if metric not in own]
 
     @property
     def output_names(self):
@@ -216,17 +279,28 @@ class RDropModel(keras.Model):
 
     def save_own_variables(self, store):
         random_state.save(store, self.model, self._torch_seed)
+        store["num_steps"] = np.array(self._num_steps)
+        for name, variable in self._alpha.variables.items():
+            store[name] = variable
 
     def load_own_variables(self, store):
         random_state.load(store, self.model, self._torch_seed)
+        names = set(store.keys())
+        if "num_steps" in names:
+            self._num_steps = int(np.array(store["num_steps"]))
+        for name, variable in self._alpha.variables.items():
+            if name in names:
+                variable.assign(store[name])
 
     def get_config(self):
         return {
             "name": self.name,
             "model": keras.saving.serialize_keras_object(self.model),
-            "alpha": self.alpha,
+            "alpha": keras.saving.serialize_keras_object(self.alpha),
             "divergence": keras.saving.serialize_keras_object(self.divergence),
             "num_passes": self.num_passes,
+            "every": self.every,
+            "dropout_rates": self.dropout_rates and list(self.dropout_rates),
             "share": self.share,
         }
 
@@ -234,13 +308,18 @@ class RDropModel(keras.Model):
     def from_config(cls, config, custom_objects=None):
         nested = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
-            for key in ("model", "divergence")
+            for key in ("alpha", "model", "divergence")
         }
         return cls(**{**config, **nested})
 
     def _make_graph(self):
         stochastic.check_stochastic(self.model)
         self._graph = PairedGraph(self.model, self.share)
+        if self.dropout_rates is not None:
+            self._rates = (stochastic.DropoutRates(self.model), self.dropout_rates)
+
+    def _call_model(self, inputs, training):
+        return self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
 
     @contextlib.contextmanager
     def _reporting(self, evaluation):
@@ -250,69 +329,3 @@ class RDropModel(keras.Model):
             yield
         finally:
             self._evaluating = before
-
-
-# What `keras.Model` does in training and the wrapper does in the model's place.
-_REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
-
-
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
-    inner = next((layer for layer in _keras.all_layers(model) if isinstance(layer, RDropModel)), None)
-    if inner is not None:
-        raise ValueError(
-            f"`model` is or holds an RDropModel: use the model inside that, its `.model`. Received: {inner.name!r}."
-        )
-    pipeline = preprocessing.pipeline_class(model)
-    for method in _REPLACED:
-        known = [getattr(keras.Model, method), getattr(pipeline, method, None)]
-        if getattr(type(model), method) not in known:
-            raise ValueError(
-                f"`{type(model).__name__}` overrides `{method}`, which an RDropModel around it would pass by. Override "
-                f"`{method}` in a subclass of RDropModel instead, where `self.model` is the wrapped model."
-            )
-
-
-def _check_alpha(alpha):
-    received = f"Received: alpha={alpha!r} ({type(alpha).__name__})."
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"`alpha` must be a number ≥ 0. {received}")
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"`alpha` must be a finite number ≥ 0. {received}")
-
-
-def _check_divergence(divergence):
-    choices = ("auto", *divergences.NAMES)
-    for leaf in tree.flatten(divergence):
-        if isinstance(leaf, str) and leaf not in choices:
-            raise ValueError(
-                f"`divergence` must be one of {', '.join(map(repr, choices))}, or a rdrop_keras.Divergence. "
-                f"Received: divergence={leaf!r}."
-            )
-        if not isinstance(leaf, (str, divergences.Divergence)) and (leaf is not None or divergence is None):
-            raise TypeError(
-                f"`divergence` must be one of {', '.join(map(repr, choices))}, a rdrop_keras.Divergence, or a dict or "
-                f"list of these. Received: divergence={leaf!r} ({type(leaf).__name__})."
-            )
-
-
-def _check_num_passes(num_passes):
-    received = f"Received: num_passes={num_passes!r} ({type(num_passes).__name__})."
-    if isinstance(num_passes, bool) or not isinstance(num_passes, numbers.Integral):
-        raise TypeError(f"`num_passes` must be an integer ≥ 2. {received}")
-    if num_passes < 2:
-        raise ValueError(f"`num_passes` must be an integer ≥ 2. {received}")
-
-
-def check_share(share):
-    """Raises if `share` is no string; whether it names a layer is seen when the graph is made."""
-    if not isinstance(share, str):
-        raise TypeError(
-            "`share` must be 'deterministic', 'nothing' or the name of a layer. "
-            f"Received: share={share!r} ({type(share).__name__})."
-        )
-
-
-def _described(strategy):
-    return "no strategy" if strategy is None else type(strategy).__name__

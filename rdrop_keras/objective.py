@@ -8,14 +8,31 @@ How the passes are made is the business of `pairing.py`, what D is that of `dive
 """
 
 import contextvars
+import functools
+from typing import NamedTuple
 
 import keras
 from keras import ops, tree
 
 from rdrop_keras import _keras, divergences, pairing
 
-# The weighted divergences of a paired step's outputs; a context variable for the reason given in `pairing.py`.
-_terms = contextvars.ContextVar("rdrop_keras_terms")
+# What a paired step's outputs give to its terms; a context variable for the reason given in `pairing.py`.
+_outputs = contextvars.ContextVar("rdrop_keras_outputs")
+
+
+class Terms(NamedTuple):
+    """What `RDropLoss` is made of, all scalars.
+
+    Attributes:
+        task: The mean over passes of the compiled loss.
+        consistency: 1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j); 0 of one pass.
+        agreement: A function that returns how often two passes decide alike, the weighted fraction averaged over the
+            outputs that decide; None if none does.
+    """
+
+    task: object
+    consistency: object
+    agreement: object
 
 
 class RDropLoss(_keras.CompileLoss):
@@ -28,22 +45,22 @@ class RDropLoss(_keras.CompileLoss):
 
     Args:
         loss, loss_weights, output_names: As for `CompileLoss`.
-        alpha: α.
+        alpha: What gives α, of `alpha.py`.
         divergence: What `RDropModel` takes.
-        task_loss, consistency_loss: `keras.metrics.Mean`, updated in paired steps with the mean over passes of the
-            compiled loss, and with the consistency term without α.
+        trackers: `{name: keras.metrics.Mean}`, updated in training: `task_loss` in every step with the mean over passes
+            of the compiled loss; in paired steps `consistency_loss` with the consistency term without α, and `alpha`,
+            if it is there, with α.
 
     Raises:
         ValueError: If `divergence` fits the losses or the outputs not; here where the names of losses and outputs
             tell, else when the first step has shown the outputs.
     """
 
-    def __init__(self, loss, loss_weights, output_names, *, alpha, divergence, task_loss, consistency_loss):
+    def __init__(self, loss, loss_weights, output_names, *, alpha, divergence, trackers):
         super().__init__(loss, loss_weights, output_names=output_names)
         self.alpha = alpha
         self.divergence = divergence
-        self.task_loss = task_loss
-        self.consistency_loss = consistency_loss
+        self.trackers = trackers
         if output_names is not None:
             _check_outputs(divergence, output_names)
         if not tree.is_nested(divergence):
@@ -81,23 +98,43 @@ class RDropLoss(_keras.CompileLoss):
         self.built = True
 
     def call(self, y_true, y_pred, sample_weight=None):
-        num_passes = pairing.passes_in_step()
-        if num_passes == 1:
+        if not pairing.in_training_step():
             return super().call(y_true, y_pred, sample_weight)
-        token = _terms.set([])
+        num_passes = pairing.passes_in_step()
+        task, consistency, _ = self.terms(y_true, y_pred, sample_weight)
+        # As many rows as Keras counts for `loss`: those of the batch.
+        rows = ops.shape(tree.flatten(y_pred)[0])[0] // num_passes
+        self._track("task_loss", task, rows)
+        if num_passes == 1:
+            return task
+        alpha = self.alpha.current()
+        self._track("consistency_loss", consistency, rows)
+        if "alpha" in self.trackers:
+            self.trackers["alpha"].update_state(alpha)
+        self.alpha.observe(_keras.unscale_loss_for_distribution(consistency))
+        return task + alpha / num_passes * consistency
+
+    def terms(self, y_true, y_pred, sample_weight=None):
+        """The `Terms` of outputs of as many passes as the step under way has."""
+        token = _outputs.set([])
         try:
             task = super().call(y_true, y_pred, sample_weight)
-            consistency = sum(_terms.get())
+            outputs = _outputs.get()
         finally:
-            _terms.reset(token)
-        rows = ops.shape(tree.flatten(y_pred)[0])[0]
-        for tracker, value in ((self.task_loss, task), (self.consistency_loss, consistency)):
-            tracker.update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
-        return task + self.alpha / num_passes * consistency
+            _outputs.reset(token)
+        deciding = [agreement for _, agreement in outputs if agreement is not None]
+        return Terms(
+            task,
+            sum(term for term, _ in outputs),
+            (lambda: sum(agreement() for agreement in deciding) / len(deciding)) if deciding else None,
+        )
+
+    def _track(self, name, value, rows):
+        self.trackers[name].update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
 
 
 class _PassesLoss:
-    """The loss of one output; in a paired step its mean over passes, with the output's divergence put to `_terms`."""
+    """The loss of one output; in a paired step its mean over passes, with its divergence put to `_outputs`."""
 
     def __init__(self, loss, loss_weight, divergence):
         self.loss = loss
@@ -112,19 +149,31 @@ class _PassesLoss:
             return self.loss(y_true, y_pred, sample_weight)
         passes = pairing.split(y_pred, num_passes)
         if self.divergence is not None:
-            term = self._consistency(y_true, passes, sample_weight)
-            _terms.get().append(term if self.loss_weight is None else self.loss_weight * term)
+            term = self._reduced(self.reduction, self._divergence_of(passes), y_true, passes, sample_weight)
+            agreement = None
+            if self.divergence.name != "mse":
+                agreement = functools.partial(self._agreement, y_true, passes, sample_weight)
+            _outputs.get().append((term if self.loss_weight is None else self.loss_weight * term, agreement))
         return sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
 
-    def _consistency(self, y_true, passes, sample_weight):
-        """1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), with the weights, the mask and the denominator of the loss."""
+    def _divergence_of(self, passes):
         divergence = self.divergence
-        masks = [mask for mask in map(_keras.get_keras_mask, passes) if mask is not None]
         logits = [_keras.keras_logits(output) for output in passes]
         if divergence.from_logits is False and logits[0] is not None:
             # The probabilities came out of a softmax or sigmoid: its inputs have not been rounded to 0 and 1.
             passes, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
-        values = divergence(passes)
+        return divergence(passes)
+
+    def _agreement(self, y_true, passes, sample_weight):
+        first, second = (self.divergence.decisions(output) for output in passes)
+        alike = ops.cast(ops.equal(first, second), "float32")
+        alike = alike if self.divergence.name != "bernoulli_kl" else ops.mean(alike, axis=self.divergence.axis)
+        fraction = _AsGiven(reduction="mean_with_sample_weight", dtype="float32", name="agreement")
+        return self._reduced(fraction, alike, y_true, passes, sample_weight)
+
+    def _reduced(self, reduction, values, y_true, passes, sample_weight):
+        """`values`, one for each element of the loss, reduced under the weights and the mask of the loss."""
+        masks = [mask for mask in map(_keras.get_keras_mask, passes) if mask is not None]
         if self.ignored_class is not None:
             counts = ops.not_equal(y_true, ops.cast(self.ignored_class, y_true.dtype))
             masks.append(ops.reshape(counts, ops.shape(values)))
@@ -133,7 +182,7 @@ class _PassesLoss:
             for other in masks[1:]:
                 mask = ops.logical_and(mask, other)
             _keras.set_keras_mask(values, mask)
-        return ops.cast(self.reduction(values, values, sample_weight), self.loss.dtype)
+        return ops.cast(reduction(values, values, sample_weight), self.loss.dtype)
 
 
 class _AsGiven(keras.losses.Loss):

@@ -11,13 +11,13 @@ from keras import ops, tree
 from rdrop_keras import _keras
 
 # Context and not an attribute of the model: `MirroredStrategy` traces its replicas in threads that take turns, each in
-# the middle of its own step.
-_num_passes = contextvars.ContextVar("rdrop_keras_num_passes", default=1)
+# the middle of its own step. None outside of training steps.
+_num_passes = contextvars.ContextVar("rdrop_keras_num_passes", default=None)
 
 
 @contextlib.contextmanager
-def paired_step(num_passes):
-    """Within it, a forward pass makes `num_passes` passes."""
+def training_step(num_passes):
+    """Within it, a forward pass makes `num_passes` passes; with more than one, the step is a paired one."""
     token = _num_passes.set(num_passes)
     try:
         yield
@@ -27,30 +27,38 @@ def paired_step(num_passes):
 
 def passes_in_step():
     """Passes of the step under way: 1 unless it is paired."""
-    return _num_passes.get()
+    return _num_passes.get() or 1
+
+
+def in_training_step():
+    return _num_passes.get() is not None
 
 
 def tile(tensors, num_passes):
-    """Repeats each tensor of a nested structure along axis 0: `(N, …)` to `(mN, …)`; None stays None.
+    """Repeats each tensor of a nested structure along axis 0: `(N, …)` to `(mN, …)`; None stays None."""
+    return concatenate([tensors] * num_passes)
 
-    Keras's masks and cached logits are repeated with their tensors.
+
+def concatenate(passes):
+    """Puts passes, nested structures of `(N, …)` tensors, together to one structure of `(mN, …)`; None stays None.
+
+    Keras's masks and cached logits are put together with their tensors.
     """
-    if num_passes == 1:
-        return tensors
+    if len(passes) == 1:
+        return passes[0]
 
-    def repeat(tensor):
-        return ops.concatenate([tensor] * num_passes, axis=0)
-
-    def repeat_annotated(tensor):
-        if tensor is None:
+    def join(tensors):
+        if tensors[0] is None:
             return None
-        if len(tensor.shape) == 0:
+        if len(tensors[0].shape) == 0:
             raise ValueError(
                 "R-Drop repeats the batch, axis 0 of every input. Received: an input of shape (), which has none."
             )
-        return _keras.copy_annotations(tensor, repeat(tensor), repeat)
+        joined = ops.concatenate(tensors, axis=0)
+        return _keras.copy_annotations(tensors, joined, lambda attached: ops.concatenate(attached, axis=0))
 
-    return tree.map_structure(repeat_annotated, tensors)
+    flat = [tree.flatten(tensors) for tensors in passes]
+    return tree.pack_sequence_as(passes[0], [join(list(tensors)) for tensors in zip(*flat)])
 
 
 def split(tensors, num_passes):
@@ -66,7 +74,7 @@ def split(tensors, num_passes):
         if tensor is None:
             return [None] * num_passes
         return [
-            _keras.copy_annotations(tensor, part, lambda attached, i=i: parts(attached)[i])
+            _keras.copy_annotations([tensor], part, lambda attached, i=i: parts(attached[0])[i])
             for i, part in enumerate(parts(tensor))
         ]
 

@@ -8,6 +8,7 @@ import contextlib
 import warnings
 
 import keras
+import numpy as np
 
 
 def torch_seed():
@@ -27,10 +28,31 @@ def drawing_from(seed):
         return
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with _torch_fork():
         torch.manual_seed(int(keras.ops.sum(seed.next())))
         yield
+
+
+@contextlib.contextmanager
+def restored(model):
+    """Puts the variables of `model` that training steps change outside the optimizer, and PyTorch's generators, back
+    to what they were before."""
+    variables = model.non_trainable_variables
+    values = [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+    try:
+        with _torch_fork():
+            yield
+    finally:
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+
+
+def _torch_fork():
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def save(store, model, seed):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import keras
 
+from rdrop_keras.arguments import check_share
 from rdrop_keras.graph import PairedGraph, num_parameters
-from rdrop_keras.model import RDropModel, check_share
+from rdrop_keras.model import RDropModel
 
 
 class Call(NamedTuple):

@@ -8,6 +8,7 @@ set on the class or the layer: in training its outputs depend on its inputs and 
 each row of the batch gives its own row of the outputs. `rdrop_stochastic = True` says that it is random.
 """
 
+import contextlib
 import functools
 import numbers
 import re
@@ -28,7 +29,8 @@ _HARMLESS = ("__init__", "build", "compute_output_shape", "from_config", "get_bu
 # Callables kept on a layer that have no part in its outputs.
 _NOT_CALLED = re.compile("_(initializer|regularizer|constraint)$")
 # How Keras and KerasHub name the strength of a layer's randomness. A layer without it is always random.
-_RATES = ("rate", "stddev", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
+_DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
+_RATES = (*_DROPOUT_RATES, "stddev")
 # Some draw from Keras's global seed and some make their seed only for a rate above 0: these are known by name.
 _DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise")
 # The only layers whose non-trainable variables are known to leave a shared computation exact. Batch normalization
@@ -37,6 +39,30 @@ _EXACT_STATE = ("BatchNormalization", "Normalization")
 
 
 def stochastic_layers(model):
+    """The layers of `model` that are random in training, which R-Drop acts on.
+
+    Args:
+        model: A `keras.Model`, built so that all of its layers exist.
+
+    Returns:
+        A list of layers, sublayers of other layers among them. Layers whose rate is 0 are left out, and so are those
+        from outside Keras and KerasHub that show no seed and declare no `rdrop_stochastic`.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1, name="drop"), keras.layers.Dense(2)])
+    >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
+    [('drop', 0.1)]
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    return classify(model)[0]
+
+
+def classify(model):
     """The layers of `model` by what is known of their randomness in training.
 
     Returns:
@@ -62,7 +88,7 @@ def why_stochastic(operation):
     """Why `operation`, a layer or `keras.Operation`, must be taken for random in training; None if it need not be."""
     if not isinstance(operation, keras.Layer):
         return None if _is_vouched(operation) else f"may be random: {type(operation).__name__} runs code of others"
-    active, _, opaque = stochastic_layers(operation)
+    active, _, opaque = classify(operation)
     if active:
         layer = active[0]
         rates = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
@@ -79,6 +105,41 @@ def why_stochastic(operation):
     return None
 
 
+class DropoutRates:
+    """Runs layers of `model` at another dropout rate, for the passes of a step (section 4.4 of the paper).
+
+    All rates above 0 are replaced, those of attention and recurrent dropout too; layers at 0 stay there. Afterwards
+    they are what they were when this was made, whatever happens between, in another thread too.
+
+    Raises:
+        ValueError: If no layer of `model` has a dropout rate above 0.
+    """
+
+    def __init__(self, model):
+        self._own = {
+            layer: {name: rate for name, rate in _rates(layer).items() if rate and name in _DROPOUT_RATES}
+            for layer in classify(model)[0]
+        }
+        if not any(self._own.values()):
+            raise ValueError(
+                "`dropout_rates` needs a dropout layer with a rate above 0, which it replaces. "
+                f"Received: model={model.name!r}, which has none."
+            )
+
+    @contextlib.contextmanager
+    def at(self, rate, operation):
+        """Within it, the dropout layers in `operation` are at `rate`."""
+        layers = _keras.all_layers(operation) if isinstance(operation, keras.Layer) else []
+        own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
+        try:
+            for layer, name, _ in own:
+                setattr(layer, name, rate)
+            yield
+        finally:
+            for layer, name, value in own:
+                setattr(layer, name, value)
+
+
 def check_stochastic(model):
     """Raises if the passes of `model` would be identical.
 
@@ -86,7 +147,7 @@ def check_stochastic(model):
         ValueError: If no layer is random in training. A model with no dropout layer at all is let through if its
             `call`, or that of a model in it, is the user's own: it may draw random numbers by itself.
     """
-    active, inactive, opaque = stochastic_layers(model)
+    active, inactive, opaque = classify(model)
     if opaque or (active and _keras.takes_training(model)):
         return
     if not active and not inactive and not all(map(_is_vouched, _keras.all_layers(model))):

@@ -177,7 +177,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 def outputs_of_passes(model, x, num_passes=2):
     keras.utils.set_random_seed(2)  # PyTorch's dropout draws from the generator of the process.
-    with pairing.paired_step(num_passes):
+    with pairing.training_step(num_passes):
         x = keras.tree.map_structure(ops.convert_to_tensor, x)
         return keras.tree.map_structure(ops.convert_to_numpy, model(x, training=True))
 
@@ -602,7 +602,7 @@ def test_optional_input():
 
     model = keras.Model([inputs, extra], layers.Dropout(0.5)(AddIfGiven()(layers.Dense(3)(inputs), extra)))
     outputs = rdrop_keras.RDropModel(model)
-    with pairing.paired_step(2):
+    with pairing.training_step(2):
         assert outputs([ops.ones((5, 4)), None], training=True).shape == (10, 3)
 
 

@@ -424,7 +424,8 @@ def test_alpha_out_of_range(alpha):
 @pytest.mark.parametrize("alpha", [True, "5", None, [1.0]])
 def test_alpha_of_another_type(alpha):
     with pytest.raises(
-        TypeError, match=r"`alpha` must be a number ≥ 0. Received: alpha=.* \((bool|str|NoneType|list)\)"
+        TypeError,
+        match=r"`alpha` must be a number ≥ 0, a LearningRateSchedule, a KL.*alpha=.* \((bool|str|NoneType|list)\)",
     ):
         RDropModel(mlp(), alpha=alpha)
 

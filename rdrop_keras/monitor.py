@@ -1,0 +1,300 @@
+"""What R-Drop is meant to shrink, measured: how far sub-models are from the full model and from each other.
+
+A sub-model is the model with one draw of its dropout; the full model has dropout off.
+"""
+
+import contextlib
+import itertools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from rdrop_keras import _keras, pairing, preprocessing, random_state
+from rdrop_keras.alpha import Fixed
+from rdrop_keras.arguments import check_integer
+from rdrop_keras.graph import PairedGraph
+from rdrop_keras.model import RDropModel
+from rdrop_keras.objective import RDropLoss
+from rdrop_keras.stochastic import check_stochastic
+
+
+class Estimate(NamedTuple):
+    """A mean over sub-models and its standard error."""
+
+    value: float
+    error: float
+
+
+class Inconsistency:
+    """The result of `inconsistency`.
+
+    Attributes:
+        passes: How many sub-models were drawn.
+        full_model_loss: The compiled loss with dropout off, a float.
+        submodel_loss: The mean compiled loss of a sub-model, an `Estimate` as all that follow.
+        gap: |sub-model loss − full-model loss|, which Proposition 2.1 of the paper bounds by the divergence.
+        divergence: The mean divergence between two sub-models, as R-Drop's consistency loss without α.
+        agreement: The fraction of decisions (the likeliest class; for sigmoid outputs yes or no) that two sub-models
+            have in common; NaN of a regression.
+        agreement_with_full: The fraction that a sub-model and the full model have in common.
+    """
+
+    def __init__(self, passes, full_model_loss, submodel_loss, gap, divergence, agreement, agreement_with_full):
+        self.passes = passes
+        self.full_model_loss = full_model_loss
+        self.submodel_loss = submodel_loss
+        self.gap = gap
+        self.divergence = divergence
+        self.agreement = agreement
+        self.agreement_with_full = agreement_with_full
+
+    def to_dict(self):
+        """`{name: value}`, with `<name>_error` for the standard error of each estimate."""
+        result = {"passes": self.passes, "full_model_loss": self.full_model_loss}
+        for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
+            result[name], result[f"{name}_error"] = getattr(self, name)
+        return result
+
+    def __repr__(self):
+        rows = [f"Inconsistency of {self.passes} sub-models", f"  {'full_model_loss':20} {self.full_model_loss:.5g}"]
+        for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
+            value, error = getattr(self, name)
+            rows.append(f"  {name:20} {value:.5g} ± {error:.2g}")
+        return "\n".join(rows)
+
+
+def inconsistency(model, x=None, y=None, sample_weight=None, passes=8, batch_size=None):
+    """Measures what R-Drop is meant to shrink: the gap between training and inference that dropout makes.
+
+    `passes` sub-models are drawn anew for each batch. Losses and divergences are weighted, masked and reduced as the
+    compiled loss; batch normalization is in inference, so that dropout is all that makes the difference. The model is
+    left as it was: its statistics, its metrics, and the state of its random generators.
+
+    Args:
+        model: A compiled `RDropModel`, or any compiled `keras.Model` whose loss tells its divergence.
+        x, y, sample_weight: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task
+            its raw inputs.
+        passes: How many sub-models, at least 2. Each is a row block of one forward pass, so memory grows with it.
+        batch_size: Rows of a batch, as for `Model.evaluate`.
+
+    Returns:
+        An `Inconsistency`, each of whose estimates has its standard error over the sub-models.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model` or `passes` no integer.
+        ValueError: If `passes` is below 2, or the model is not built, or no layer of it is random in training.
+        RuntimeError: If the model is not compiled with a loss.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.3), keras.layers.Dense(3)])
+    >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> result = rdrop_keras.inconsistency(model, np.ones((32, 8)), np.zeros(32), passes=4)
+    >>> result.divergence.value > 0
+    True
+    """
+    check_integer("passes", passes, least=2)
+    return _Measurement(model, passes)(x, y, sample_weight, batch_size)
+
+
+class InconsistencyMonitor(keras.callbacks.Callback):
+    """Adds `inconsistency` on given data to the logs of epochs: `gap`, `submodel_loss`, `divergence` and `agreement`.
+
+    What other callbacks and `History` then find there; place it before them.
+
+    Args:
+        x, y, sample_weight, passes, batch_size: As for `inconsistency`. Data that can be read once only will not do.
+        every: Measures at the end of every so many epochs, the first of them at the end of the `every`-th; epochs
+            between repeat the last values, and those before the first have NaN. Defaults to 1.
+
+    Raises:
+        TypeError: If `passes` or `every` is no integer.
+        ValueError: If `passes` is below 2 or `every` below 1.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.3), keras.layers.Dense(3)])
+    >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> monitor = rdrop_keras.InconsistencyMonitor(np.ones((32, 8)), np.zeros(32), passes=4)
+    >>> history = model.fit(np.ones((32, 8)), np.zeros(32), callbacks=[monitor], verbose=0)
+    >>> sorted(history.history)
+    ['agreement', 'divergence', 'gap', 'loss', 'submodel_loss']
+    """
+
+    def __init__(self, x, y=None, sample_weight=None, every=1, passes=8, batch_size=None):
+        super().__init__()
+        check_integer("every", every, least=1)
+        check_integer("passes", passes, least=2)
+        self.data = (x, y, sample_weight, batch_size)
+        self.every = every
+        self.passes = passes
+
+    def on_train_begin(self, logs=None):
+        self._measure = _Measurement(self.model, self.passes)
+        self._last = dict.fromkeys(("gap", "submodel_loss", "divergence", "agreement"), float("nan"))
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every == 0:
+            result = self._measure(*self.data).to_dict()
+            self._last = {name: result[name] for name in self._last}
+        logs.update(self._last)
+
+
+class _Measurement:
+    """Measures one model any number of times with one program."""
+
+    def __init__(self, model, passes):
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+        if not model.compiled or model.loss is None:
+            raise RuntimeError(
+                f"`model` must be compiled with a loss before its inconsistency is measured. Received: {model.name!r}."
+            )
+        if not model.built:
+            raise ValueError(
+                "`model` must be built: give it an Input, call it on a batch, or train it first. "
+                f"Received: model={model.name!r}, which is not."
+            )
+        wrapped = model.model if isinstance(model, RDropModel) else model
+        check_stochastic(wrapped)
+        loss = RDropLoss(
+            model.loss,
+            _keras.loss_weights(model),
+            getattr(wrapped, "output_names", None),
+            alpha=Fixed(0.0),
+            divergence=model.divergence if isinstance(model, RDropModel) else "auto",
+            trackers={},
+        )
+        self._model = wrapped
+        self._passes = passes
+        with _keras.strategy_scope(wrapped):
+            self._probe = _Probe(wrapped, loss, passes)
+            self._probe.compile(loss=None, optimizer=None)
+
+    def __call__(self, x, y, sample_weight, batch_size):
+        arguments = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size, "verbose": 0}
+        with random_state.restored(self._model), _inference_statistics(self._model):
+            if preprocessing.pipeline_class(self._model) is None:
+                self._probe.evaluate(**arguments)
+            else:
+                preprocessing.run("evaluate", self._model, self._probe, (), arguments)
+        full, losses, divergences, agreements, with_full = self._probe.sums()
+        full_model_loss, submodel_loss = full.item(), _over_passes(losses)
+        return Inconsistency(
+            self._passes,
+            full_model_loss,
+            submodel_loss,
+            Estimate(abs(submodel_loss.value - full_model_loss), submodel_loss.error),
+            _over_pairs(divergences, self._passes),
+            _over_pairs(agreements, self._passes),
+            _over_passes(with_full),
+        )
+
+
+class _Probe(keras.Model):
+    """Evaluates the full model and sub-models of `model`, and sums up what `Inconsistency` needs."""
+
+    def __init__(self, model, loss, passes):
+        super().__init__(name="inconsistency", dtype=model.dtype_policy, autocast=False)
+        self.model = model
+        self.built = True
+        self._measured_loss = loss
+        self._passes = passes
+        self._graph = PairedGraph(model, "deterministic")
+        self._pairs = list(itertools.combinations(range(passes), 2))
+        self._vector = _VectorMean(1 + 2 * passes + 2 * len(self._pairs))
+
+    def call(self, inputs, training=None):
+        if self._graph.shares:
+            passes = self._graph(inputs, self._passes, True)
+        else:
+            passes = self._forward(pairing.tile(inputs, self._passes), True)
+        return {"full": self._forward(inputs, False), "passes": passes}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        full, passes = y_pred["full"], pairing.split(y_pred["passes"], self._passes)
+        loss = self._measured_loss
+        if not loss.built:
+            loss.build(y, full)
+
+        def terms(*outputs):
+            with pairing.training_step(len(outputs)):
+                return loss.terms(y, pairing.concatenate(outputs), sample_weight)
+
+        def agreement(pair):
+            return ops.convert_to_tensor(float("nan")) if pair.agreement is None else pair.agreement()
+
+        pairs = [terms(passes[i], passes[j]) for i, j in self._pairs]
+        values = [
+            *(_keras.unscale_loss_for_distribution(terms(output).task) for output in (full, *passes)),
+            *(_keras.unscale_loss_for_distribution(pair.consistency) for pair in pairs),
+            *(_keras.unscale_loss_for_distribution(agreement(pair)) for pair in pairs),
+            *(_keras.unscale_loss_for_distribution(agreement(terms(full, output))) for output in passes),
+        ]
+        rows = ops.shape(keras.tree.flatten(full)[0])[0]
+        self._vector.update_state(ops.stack([ops.cast(value, "float32") for value in values]), sample_weight=rows)
+        return values[0]
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return {"loss": self._vector.result()}
+
+    def sums(self):
+        """The loss of the full model; of each sub-model; divergence and agreement of each pair; agreement with full."""
+        values = ops.convert_to_numpy(self._vector.means()).astype("float64")
+        num_pairs = len(self._pairs)
+        return np.split(values, np.cumsum([1, self._passes, num_pairs, num_pairs]))
+
+    def _forward(self, inputs, training):
+        return self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
+
+
+class _VectorMean(keras.metrics.Metric):
+    """The mean over rows of several values at once."""
+
+    def __init__(self, size):
+        super().__init__(name="loss", dtype="float32")
+        self.total = self.add_variable(shape=(size,), initializer="zeros", name="total")
+        self.count = self.add_variable(shape=(), initializer="zeros", name="count")
+
+    def update_state(self, values, sample_weight):
+        weight = ops.cast(sample_weight, "float32")
+        self.total.assign(self.total + values * weight)
+        self.count.assign(self.count + weight)
+
+    def means(self):
+        return self.total / self.count
+
+    def result(self):
+        return ops.divide_no_nan(self.total[0], self.count)
+
+
+@contextlib.contextmanager
+def _inference_statistics(model):
+    """Within it, batch normalization uses its moving statistics in training too."""
+    batch_norms = [layer for layer in _keras.all_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    trainable = [layer for layer in batch_norms if layer.trainable]
+    try:
+        for layer in trainable:
+            layer.trainable = False
+        yield
+    finally:
+        for layer in trainable:
+            layer.trainable = True
+
+
+def _over_passes(values):
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def _over_pairs(values, passes):
+    """The mean over pairs of passes, with its jackknife standard error: pairs that share a pass are not independent."""
+    matrix = np.zeros((passes, passes))
+    matrix[np.triu_indices(passes, 1)] = values
+    per_pass = (matrix + matrix.T).sum(axis=1)
+    if passes == 2:
+        return Estimate(float(values.mean()), float("nan"))
+    without = (values.sum() - per_pass) / (len(values) - (passes - 1))
+    error = np.sqrt((passes - 1) / passes * np.square(without - without.mean()).sum())
+    return Estimate(float(values.mean()), float(error))

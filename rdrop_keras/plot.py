@@ -1,0 +1,127 @@
+"""Pictures of runs side by side: losses, metrics and consistency over steps and over seconds.
+
+Needs matplotlib, the extra `plot`. Figures are made without pyplot, so no display and no state are involved.
+"""
+
+import math
+import time
+
+import keras
+import numpy as np
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; runs also differ in their markers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = "osD^vPX*"
+_PANEL_SIZE = (4.2, 2.8)  # Inches.
+_NOT_METRICS = ("alpha", "consistency_loss", "loss", "seconds", "task_loss")
+
+
+class Clock(keras.callbacks.Callback):
+    """Adds `seconds` to the logs of each epoch: the time since training began, so that `compare` can draw over it."""
+
+    def on_train_begin(self, logs=None):
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["seconds"] = time.perf_counter() - self._start
+
+
+def compare(histories, path=None):
+    """Draws runs next to each other, as the paper's Figure 2 does.
+
+    One row of panels each for the losses (training dashed, validation solid), every validation metric and the
+    consistency loss; one column over training steps and, if every run has `seconds` (the callback `Clock`), one over
+    these. The training loss is `task_loss` where there is one, which compares with the loss of plain training.
+
+    Args:
+        histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these, one for each
+            seed, drawn as their mean with a band of one standard deviation.
+        path: Where to save the picture; its ending chooses the format. By default it is not saved.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: Without matplotlib.
+        TypeError: If `histories` is not a dict of histories.
+        ValueError: If it is empty, or the seeds of a run differ in length.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("`plot.compare` needs matplotlib: `pip install rdrop-keras[plot]`.") from error
+    if not isinstance(histories, dict):
+        raise TypeError(f"`histories` must be a dict from names to runs. Received: {type(histories).__name__}.")
+    if not histories:
+        raise ValueError("`histories` must have at least one run. Received: an empty dict.")
+    runs = {name: _Run(name, run) for name, run in histories.items()}
+    metrics = sorted({key for run in runs.values() for key in run.curves if _is_metric(key)})
+    panels = [("loss", [("loss", "--"), ("val_loss", "-")]), *((key[4:], [(key, "-")]) for key in metrics)]
+    if any("consistency_loss" in run.curves for run in runs.values()):
+        panels.append(("consistency loss", [("consistency_loss", "-")]))
+    axes_names = ["training step" if all(run.steps for run in runs.values()) else "epoch"]
+    if all("seconds" in run.curves for run in runs.values()):
+        axes_names.append("seconds")
+    width, height = _PANEL_SIZE
+    figure = Figure(figsize=(width * len(axes_names), height * len(panels) + 0.5), layout="constrained")
+    grid = figure.subplots(len(panels), len(axes_names), squeeze=False, sharey="row", sharex="col")
+    for row, (title, keys) in zip(grid, panels):
+        for axes, axis in zip(row, axes_names):
+            for i, run in enumerate(runs.values()):
+                colour = _COLOURS[i % len(_COLOURS)]
+                for key, style in keys:
+                    _draw(axes, run, axis, key, style, colour, _MARKERS[i % len(_MARKERS)])
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{title} (dashed: training)" if title == "loss" else title)
+    for axes, axis in zip(grid[-1], axes_names):
+        axes.set_xlabel(axis)
+    handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+class _Run:
+    """The curves of one run: `{key: (seeds, epochs)}`."""
+
+    def __init__(self, name, run):
+        seeds = run if isinstance(run, (list, tuple)) else [run]
+        logs = [getattr(seed, "history", seed) for seed in seeds]
+        if not logs or not all(isinstance(log, dict) and log for log in logs):
+            raise TypeError(
+                "A run must be a keras.callbacks.History, its `.history`, or a list of these, each with at least one "
+                f"epoch. Received: {run!r} for {name!r}."
+            )
+        lengths = {len(values) for log in logs for values in log.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"All curves and seeds of a run must have one length. Received: {name!r} with {lengths}.")
+        keys = set.intersection(*(set(log) for log in logs))
+        curves = {key: np.array([log[key] for log in logs], "float64") for key in keys}
+        curves["loss"] = curves.pop("task_loss", curves.get("loss"))
+        self.name = name
+        self.curves = {key: values for key, values in curves.items() if values is not None}
+        self.steps = getattr(seeds[0], "params", None) and seeds[0].params.get("steps")
+
+    def along(self, axis):
+        if axis == "seconds":
+            return self.curves["seconds"].mean(axis=0)
+        epochs = np.arange(1, next(iter(self.curves.values())).shape[1] + 1)
+        return epochs * self.steps if axis == "training step" else epochs
+
+
+def _is_metric(key):
+    return key.startswith("val_") and key[4:] not in _NOT_METRICS
+
+
+def _draw(axes, run, axis, key, style, colour, marker):
+    if key not in run.curves:
+        return
+    x, values = run.along(axis), run.curves[key]
+    mean = values.mean(axis=0)
+    every = max(1, math.ceil(len(mean) / 8))
+    label = None if style == "--" else run.name
+    axes.plot(x, mean, style, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.4, label=label)
+    if len(values) > 1:
+        deviation = values.std(axis=0, ddof=1)
+        axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
