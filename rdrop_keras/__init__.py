@@ -6,8 +6,7 @@ from rdrop_keras.alpha import KLBudget
 from rdrop_keras.divergences import Divergence
 from rdrop_keras.model import RDropModel
 from rdrop_keras.monitor import InconsistencyMonitor, inconsistency
-from rdrop_keras.sharing import sharing
-from rdrop_keras.stochastic import stochastic_layers
+from rdrop_keras.sharing import sharing, stochastic_layers
 
 __all__ = [
     "Divergence",

@@ -1,4 +1,4 @@
-"""What an `RDropModel` computes once, as a report to read."""
+"""What an `RDropModel` acts on and what it computes once, as reports to read."""
 
 import itertools
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import keras
 from rdrop_keras.arguments import check_share
 from rdrop_keras.graph import PairedGraph, num_parameters
 from rdrop_keras.model import RDropModel
+from rdrop_keras.stochastic import classify
 
 
 class Call(NamedTuple):
@@ -84,14 +85,39 @@ def sharing(model, share="deterministic"):
     >>> print(rdrop_keras.sharing(model).summary)
     1 of 3 layer calls (78.3% of the parameters) run once for all passes, share='deterministic'
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    model = _unwrapped(model)
     check_share(share)
-    if isinstance(model, RDropModel):
-        model = model.model
     if not model.built:
         raise ValueError(
             "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
             f"Received: model={model.name!r}, which is not."
         )
     return Sharing(PairedGraph(model, share))
+
+
+def stochastic_layers(model):
+    """The layers of `model` that are random in training, which R-Drop acts on.
+
+    Args:
+        model: A `keras.Model`, built so that all of its layers exist, or an `RDropModel` around one.
+
+    Returns:
+        A list of layers, sublayers of other layers among them. Layers whose rate is 0 are left out, and so are those
+        from outside Keras and KerasHub that show no seed and declare no `rdrop_stochastic`.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1, name="drop"), keras.layers.Dense(2)])
+    >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
+    [('drop', 0.1)]
+    """
+    return classify(_unwrapped(model))[0]
+
+
+def _unwrapped(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    return model.model if isinstance(model, RDropModel) else model

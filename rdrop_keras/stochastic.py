@@ -38,30 +38,6 @@ _DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise"
 _EXACT_STATE = ("BatchNormalization", "Normalization")
 
 
-def stochastic_layers(model):
-    """The layers of `model` that are random in training, which R-Drop acts on.
-
-    Args:
-        model: A `keras.Model`, built so that all of its layers exist.
-
-    Returns:
-        A list of layers, sublayers of other layers among them. Layers whose rate is 0 are left out, and so are those
-        from outside Keras and KerasHub that show no seed and declare no `rdrop_stochastic`.
-
-    Raises:
-        TypeError: If `model` is no `keras.Model`.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1, name="drop"), keras.layers.Dense(2)])
-    >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
-    [('drop', 0.1)]
-    """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
-    return classify(model)[0]
-
-
 def classify(model):
     """The layers of `model` by what is known of their randomness in training.
 
