@@ -56,18 +56,28 @@ class RDropModel(keras.Model):
     - `loss`: L, with what layers add;
     - `task_loss`: the mean over passes of the compiled loss;
     - `consistency_loss`: `1/(m(m−1)) · Σ_{i≠j} D`, without α, so that `loss = task_loss + α/m · consistency_loss`;
+    - `alpha`, if it moves;
     - the compiled metrics, of the first pass.
 
     Args:
         model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task, whose raw inputs
             `fit`, `evaluate` and `predict` then take as the task does. It is shared, not copied, and is found again
             under `.model`.
-        alpha: α, a number ≥ 0. The paper uses 5 for translation, 1 for language modelling, 0.7 for summarization,
-            0.1 to 1 for GLUE and 0.6 for ViT. 0 is plain training, exactly. Defaults to 1.
+        alpha: α. A number ≥ 0: the paper uses 5 for translation, 1 for language modelling, 0.7 for summarization, 0.1
+            to 1 for GLUE and 0.6 for ViT; 0 is plain training, exactly. Or a `LearningRateSchedule`, or any function
+            of `keras.ops` from the training step, an integer tensor that counts plain steps too, to a scalar ≥ 0. Or a
+            `KLBudget`. What moves is logged as `alpha`, the mean over R-Drop's steps. Defaults to 1.
         divergence: D. `"auto"`, the default, reads it off the compiled loss of each output: `"kl"` for categorical
             cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. Or one of these names, `"js"`,
             or a `rdrop_keras.Divergence`; or a dict or list with one of them for each output.
         num_passes: m ≥ 2 (section 4.3 of the paper). Defaults to 2.
+        every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are R-Drop's and the others plain, of one pass;
+            `consistency_loss` is averaged over the first, `task_loss` over all. Not with `steps_per_execution` above
+            1. Defaults to 1.
+        dropout_rates: One rate for each pass, from 0 to less than 1 (section 4.4): pass i runs all dropout layers whose
+            own rate is above 0 at rate i, attention and recurrent dropout included; at rate 0 it is the full model.
+            The passes then run one after another, so that batch normalization sees them one by one. `None`, the
+            default, leaves the layers their own rates.
         share: What the passes compute once. `"deterministic"`, the default: all layers of a Functional or Sequential
             model, nested ones too, before the first that is random; the passes are the same as without it, and
             `rdrop_keras.sharing` tells what is shared and why. `"nothing"`: the inputs are repeated, as in the paper.

@@ -56,7 +56,10 @@ def compare(histories, path=None):
         raise ValueError("`histories` must have at least one run. Received: an empty dict.")
     runs = {name: _Run(name, run) for name, run in histories.items()}
     metrics = sorted({key for run in runs.values() for key in run.curves if _is_metric(key)})
-    panels = [("loss", [("loss", "--"), ("val_loss", "-")]), *((f"validation {key[4:]}", [(key, "-")]) for key in metrics)]
+    panels = [
+        ("loss", [("loss", "--"), ("val_loss", "-")]),
+        *((f"validation {key[4:]}", [(key, "-")]) for key in metrics),
+    ]
     if any("consistency_loss" in run.curves for run in runs.values()):
         panels.append(("consistency loss", [("consistency_loss", "-")]))
     axes_names = ["training step" if all(run.steps for run in runs.values()) else "epoch"]

@@ -31,7 +31,11 @@ def test_panels(histories, tmp_path):
     figure = plot.compare(histories, tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
     axes = np.array(figure.axes).reshape(3, 2)
-    assert [row[0].get_ylabel() for row in axes] == ["loss (dashed: training)", "validation accuracy", "consistency loss"]
+    assert [row[0].get_ylabel() for row in axes] == [
+        "loss (dashed: training)",
+        "validation accuracy",
+        "consistency loss",
+    ]
     assert [a.get_xlabel() for a in axes[-1]] == ["training step", "seconds"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "R-Drop"]
     assert [len(a.get_lines()) for a in axes[:, 0]] == [4, 2, 1]
