@@ -6,6 +6,7 @@ the same round. Peak memory is that of a process of its own for each variant, an
 
     python step_time.py                                  # the five small cases, 15 rounds
     python step_time.py --backend jax --cases bert,lm
+    python step_time.py --options --cases vit            # the cost of passes, of two rates, of steps between
     python step_time.py --backend jax --cases vit_b16,bert_base --dtype mixed_bfloat16 --batch-size 128   # a GPU
 """
 
@@ -36,6 +37,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
     parser.add_argument("--dtype", default="float32", help="a Keras dtype policy")
+    parser.add_argument("--options", action="store_true", help="time the options of RDropModel instead")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
@@ -198,15 +200,25 @@ def variants(case):
         x, y = data(rows * doubled)
         return model, *keras.tree.map_structure(lambda array: np.repeat(array, repeats, axis=0), (x, y))
 
-    def rdrop(share):
-        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share)
+    def rdrop(share="deterministic", **options):
+        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share, **options)
 
     def plain(model):  # Not the task itself, whose KerasHub methods preprocess and compile in their own way.
         return keras.Model(model.inputs, model.outputs) if hasattr(model, "preprocess_samples") else model
 
-    result = {
+    yardsticks = {
         "plain": functools.partial(compiled, plain),
         "plain, 2N rows": functools.partial(compiled, plain, doubled=2),
+    }
+    if ARGS.options:
+        options = {
+            **{f"num_passes={m}": {"num_passes": m} for m in (2, 3, 4)},
+            "dropout_rates=(0.1, 0.3)": {"dropout_rates": (0.1, 0.3)},
+            "every=k, its plain steps": {"every": 10**6},
+        }
+        return yardsticks | {name: functools.partial(compiled, rdrop(**kwargs)) for name, kwargs in options.items()}
+    result = {
+        **yardsticks,
         "two calls": functools.partial(compiled, TwoCalls),
         "bert4keras": functools.partial(compiled, plain, loss=bert4keras, repeats=2),
         "RDropModel, share='nothing'": functools.partial(compiled, rdrop("nothing")),
@@ -243,8 +255,8 @@ def time_case(case):
 def memory(case, variant):
     """Peak memory in MiB of a process that runs this variant alone: of the device where it tells, else of the host."""
     command = [sys.executable, __file__, "--backend", ARGS.backend, "--dtype", ARGS.dtype, "--memory-of", case, variant]
-    if ARGS.batch_size:
-        command += ["--batch-size", str(ARGS.batch_size)]
+    command += ["--batch-size", str(ARGS.batch_size)] if ARGS.batch_size else []
+    command += ["--options"] if ARGS.options else []
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(output.split()[-1])
 

@@ -213,6 +213,50 @@ def test_equals_tiling_the_inputs(make, num_passes):
     assert_close(gradients_late, gradients_early)
 
 
+def masked_across_models():
+    """A mask made outside a nested model and used in it, by two calls, of which the second comes after dropout."""
+    x = keras.Input((7, 6))
+    h = layers.Dropout(0.3, seed=1)(layers.LSTM(5, return_sequences=True)(x))
+    encoder = keras.Model(x, layers.GRU(4)(h), name="encoder")
+    tokens = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(10, 6, mask_zero=True)(tokens)
+    x = layers.Concatenate()([encoder(x), encoder(layers.Dropout(0.2, seed=3)(x))])
+    ids = labels(10, 6, 7)
+    ids[:, 4:] = 0
+    return keras.Model(tokens, layers.Dense(3)(x)), ids
+
+
+def states():
+    """Several outputs of a layer, some used after the dropout of another, and as a keyword."""
+    x = keras.Input((7, 6))
+    sequence, h, c = layers.LSTM(5, return_sequences=True, return_state=True)(x)
+    outputs = layers.LSTM(5)(layers.Dropout(0.3, seed=2)(sequence), initial_state=[h, c])
+    return keras.Model(x, layers.Dense(3)(outputs)), floats(6, 7, 6)
+
+
+def passthrough():
+    """Outputs that are the input, and that share a layer with none."""
+    x = keras.Input((4,))
+    return keras.Model(x, [x, layers.Dropout(0.3, seed=1)(x), layers.Dense(3)(x)]), floats(6, 4)
+
+
+def dicts():
+    """A nested model with dictionaries, in another order of keys, and with inputs of another type."""
+    a, b = keras.Input((4,), name="zz"), keras.Input((3,), name="aa")
+    inner = keras.Model({"zz": a, "aa": b}, {"o": layers.Dense(2)(a), "p": layers.Dropout(0.3, seed=1)(b)})
+    c, d = keras.Input((4,), dtype="int32"), keras.Input((3,))
+    outputs = inner({"aa": d, "zz": c})
+    return keras.Model([c, d], [outputs["p"], outputs["o"]]), [labels(5, 6, 4), floats(6, 3)]
+
+
+@pytest.mark.parametrize("make", [masked_across_models, states, passthrough, dicts])
+def test_unusual_graphs(make):
+    late, x, _ = wrap(lambda: (*make(), None), "deterministic")
+    early, _, _ = wrap(lambda: (*make(), None), "nothing")
+    assert late._graph.shares
+    assert_close(outputs_of_passes(late, x), outputs_of_passes(early, x))
+
+
 @pytest.mark.parametrize("make", SMALL + LARGE)
 def test_trains_as_with_tiled_inputs(make):
     """Weights, batch-normalization statistics and the optimizer's state after three steps."""
