@@ -8,7 +8,8 @@ import pytest
 from keras import layers, losses, ops
 from models import mlp, to_numpy
 
-from rdrop_keras import RDropModel
+from rdrop_keras import KLBudget, RDropModel
+from rdrop_keras.pairing import passes_in_step
 
 X = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
@@ -22,15 +23,16 @@ class NoiseOfTheRow(layers.Layer):
         if not training:
             return inputs
         rows = ops.shape(inputs)[0]
-        second = ops.cast(ops.arange(rows) >= rows // 2, inputs.dtype)[:, None]
-        return inputs * (1 + 0.5 * second * ops.cos(7 * inputs))
+        index = ops.cast(ops.arange(rows) // (rows // passes_in_step()), inputs.dtype)[:, None]
+        return inputs * (1 + 0.5 * index * ops.cos(7 * inputs))
 
 
-def model(reduction="sum_over_batch_size"):
+def model(reduction="sum_over_batch_size", alpha=4.0, **options):
     keras.utils.set_random_seed(2)
     x = keras.Input((4,))
-    h = NoiseOfTheRow()(layers.Dense(8, activation="tanh")(x))
-    model = RDropModel(keras.Model(x, layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))(h)), alpha=4.0)
+    h = NoiseOfTheRow()(layers.Dense(8, activation="tanh", name="hidden")(x))
+    outputs = layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))(h)
+    model = RDropModel(keras.Model(x, outputs), alpha, **options)
     loss = losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
     return model
@@ -83,6 +85,24 @@ def test_mirrored_strategy(replicas, reduction, weighted):
     assert_same((history, weights), (expected, expected_weights))
 
 
+OPTIONS = [
+    {"every": 2},
+    {"num_passes": 3},
+    {"share": "hidden"},
+    {"share": "nothing"},
+    {"alpha": keras.optimizers.schedules.PolynomialDecay(0.0, 6, 5.0)},
+    {"alpha": KLBudget(0.01, step=0.5)},
+]
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_mirrored_options(options):
+    with mirrored(2).scope():
+        distributed = model(**options)
+    assert_same(steps(distributed, True), steps(model(**options), True))
+
+
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 2}])
 def test_mirrored_dropout_and_batch_normalization(mode):
@@ -122,6 +142,18 @@ def test_data_parallel(devices, reduction):
         distributed = model(reduction)
         assert len(distributed.weights[0].value.sharding.device_set) == devices
         history = steps(distributed, weighted=True)
+    finally:
+        keras.distribution.set_distribution(None)
+    assert_same(history, expected)
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_data_parallel_options(options):
+    expected = steps(model(**options), True)
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    try:
+        history = steps(model(**options), True)
     finally:
         keras.distribution.set_distribution(None)
     assert_same(history, expected)
