@@ -93,10 +93,11 @@ OPTIONS = [
     {"alpha": keras.optimizers.schedules.PolynomialDecay(0.0, 6, 5.0)},
     {"alpha": KLBudget(0.01, step=0.5)},
 ]
+OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "budget"]
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_mirrored_options(options):
     with mirrored(2).scope():
         distributed = model(**options)
@@ -148,7 +149,7 @@ def test_data_parallel(devices, reduction):
 
 
 @pytest.mark.backends("jax")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_data_parallel_options(options):
     expected = steps(model(**options), True)
     keras.distribution.set_distribution(keras.distribution.DataParallel())
