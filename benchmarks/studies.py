@@ -7,6 +7,7 @@ kept in a file as they end, so that a command which is stopped goes on where it 
     python studies.py                             # all variants, 5 seeds: about an hour on two cores
     python studies.py --variants "plain;alpha=5" --seeds 2 --out some.json
     python studies.py --table                     # prints what the file holds
+    python studies.py --pictures ../docs          # draws it
 """
 
 import argparse
@@ -35,6 +36,11 @@ import quickstart  # noqa: E402
 ALPHA = 3.0
 DROPOUT = 0.1
 EPOCHS = quickstart.EPOCHS
+CURVES = ("consistency_loss", "loss", "task_loss", "val_accuracy", "val_loss")
+PICTURES = {
+    "alpha": ["plain", "alpha=1", "alpha=3", "alpha=10", "alpha warmed up"],
+    "steps-and-passes": ["plain", "alpha=3", "every=5", "num_passes=3"],
+}
 MEASURES = ("test accuracy", "test loss", "validation loss", "seconds a step", "seconds", "epochs")
 
 
@@ -98,7 +104,7 @@ def run(variant, seed, epochs, data):
         "seconds a step": float(np.mean([s for s in steps.seconds if s < 10 * median])),
         "seconds": float(sum(s for s in steps.seconds if s < 10 * median)),  # Without those that compile.
         "epochs": epochs,
-        "curves": {key: [round(v, 5) for v in values] for key, values in history.items()},
+        "curves": {key: [round(v, 4) for v in history[key]] for key in CURVES if key in history},
     }
 
 
@@ -180,6 +186,20 @@ def table(results):
     return "\n".join(lines)
 
 
+def draw(results, folder):
+    """Curves over epochs and seconds, of as many steps each; of the seconds, a run's mean time of an epoch is taken."""
+    for name, variants in PICTURES.items():
+        histories = {}
+        for variant in variants:
+            runs = results.get(variant, "steps").values()
+            curves = [
+                {**r["curves"], "seconds": [r["seconds"] * (i + 1) / r["epochs"] for i in range(r["epochs"])]}
+                for r in runs
+            ]
+            histories[variant] = [{key: c[key] for key in c if key in (*CURVES, "seconds")} for c in curves]
+        rdrop_keras.plot.compare(histories, folder / f"studies-{name}.png")
+
+
 def mean_and_deviation(values):
     if not values:
         return ""
@@ -193,6 +213,7 @@ def arguments():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "studies.json")
     parser.add_argument("--table", action="store_true", help="print the results in the file and stop")
+    parser.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="draw the results in the file and stop")
     args = parser.parse_args()
     args.variants = list(VARIANTS) if args.variants is None else args.variants.split(";")
     unknown = [variant for variant in args.variants if variant not in VARIANTS]
@@ -206,7 +227,9 @@ def arguments():
 def main():
     args = arguments()
     results = Results(args.out)
-    if not args.table:
+    if args.pictures is not None:
+        draw(results, args.pictures)
+    elif not args.table:
         data = quickstart.load_data()
         for budget, epochs_of in (
             ("steps", lambda v: steps_of_plain(v)),

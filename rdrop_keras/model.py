@@ -227,8 +227,10 @@ class RDropModel(keras.Model):
         for paired in (True, False):
             # A function of its own each time: JAX would take the program of an equal one from its cache.
             vars(self)["train_step"] = lambda *args: type(self).train_step(self, *args)
-            super().make_train_function(force=True)
-            del vars(self)["train_step"]
+            try:
+                super().make_train_function(force=True)
+            finally:
+                del vars(self)["train_step"]
             functions[paired] = self.train_function
 
         def train_function(*args):

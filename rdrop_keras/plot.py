@@ -13,6 +13,7 @@ import numpy as np
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vPX*"
 _PANEL_SIZE = (4.2, 2.8)  # Inches.
+_LOG_FROM = 8.0  # A panel whose curves span more than this factor has a logarithmic axis: their ends are what counts.
 _NOT_METRICS = ("alpha", "consistency_loss", "loss", "seconds", "task_loss")
 
 
@@ -31,7 +32,8 @@ def compare(histories, path=None):
 
     One row of panels each for the losses (training dashed, validation solid), every validation metric and the
     consistency loss; one column over training steps and, if every run has `seconds` (the callback `Clock`), one over
-    these. The training loss is `task_loss` where there is one, which compares with the loss of plain training.
+    these. The training loss is `task_loss` where there is one, which compares with the loss of plain training. Curves
+    that span more than a factor of 8 are drawn over a logarithmic axis.
 
     Args:
         histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these, one for each
@@ -76,6 +78,9 @@ def compare(histories, path=None):
                     _draw(axes, run, axis, key, style, colour, _MARKERS[i % len(_MARKERS)])
             axes.grid(alpha=0.3)
         row[0].set_ylabel(f"{title} (dashed: training)" if title == "loss" else title)
+        drawn = np.concatenate([line.get_ydata() for line in row[0].get_lines()])
+        if (drawn > 0).all() and drawn.max() > _LOG_FROM * drawn.min():
+            row[0].set_yscale("log")
     for axes, axis in zip(grid[-1], axes_names):
         axes.set_xlabel(axis)
     handles = [line for line in grid[0, 0].get_lines() if not line.get_label().startswith("_")]
