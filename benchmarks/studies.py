@@ -67,6 +67,7 @@ VARIANTS = {
     },
     "share up to block 1": (1, functools.partial(rdrop, share="add_1")),
     "KLBudget(0.02)": (1, functools.partial(rdrop, alpha=lambda _: rdrop_keras.KLBudget(0.02, initial=0.0))),
+    "KLBudget(0.05)": (1, functools.partial(rdrop, alpha=lambda _: rdrop_keras.KLBudget(0.05, initial=0.0))),
     "alpha warmed up": (1, functools.partial(rdrop, alpha=warmed_up)),
 }
 

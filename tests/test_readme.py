@@ -58,6 +58,16 @@ def test_docstrings(name):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
+def test_studies_are_those_measured():
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text(encoding="utf-8"))["runs"]
+    rows = {cells[0]: cells[1:] for cells in (row.strip("| ").split(" | ") for row in text.splitlines() if "±" in row)}
+    assert set(rows) <= set(runs) and len(rows) > 15
+    for name, cells in rows.items():
+        accuracies = [result["test accuracy"] for result in runs[name]["steps"].values()]
+        assert cells[0] == f"{np.mean(accuracies):.3f} ± {np.std(accuracies, ddof=1):.3f}"
+
+
 def test_step_times_are_those_measured():
     (path,) = (ROOT / "benchmarks" / "results").glob("step_time.json")
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
