@@ -147,11 +147,15 @@ class Results:
             seeds=args.seeds,
             dropout=DROPOUT,
             versions={"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-            hardware=f"{os.cpu_count()} CPU cores",
+            hardware=f"{usable_cores()} of {os.cpu_count()} CPU cores",
         )
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(self.path)
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def steps_of_plain(variant):

@@ -61,7 +61,10 @@ def test_docstrings(name):
 def test_studies_are_those_measured():
     text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     runs = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text(encoding="utf-8"))["runs"]
-    rows = {cells[0]: cells[1:] for cells in (row.strip("| ").split(" | ") for row in text.splitlines() if "±" in row)}
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and "±" in row)
+    }
     assert set(rows) <= set(runs) and len(rows) > 15
     for name, cells in rows.items():
         accuracies = [result["test accuracy"] for result in runs[name]["steps"].values()]
