@@ -18,6 +18,7 @@ __all__ = [
     "CompileLoss",
     "all_layers",
     "autocast_scope",
+    "call",
     "call_context",
     "converted",
     "copy_annotations",
@@ -42,9 +43,9 @@ __all__ = [
 ]
 
 
-def all_layers(model):
-    """`model` and all layers below it; `Layer.layers` exists on models only."""
-    return list(model._flatten_layers())
+def all_layers(operation):
+    """`operation` and all layers below it, none if it is no layer; `Layer.layers` exists on models only."""
+    return list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
 
 
 def has_seed(layer):
@@ -141,6 +142,11 @@ def name_scope(layer):
 def takes_training(layer):
     """Whether `layer.call` has a `training` argument, by which Keras decides if it passes one in `fit`."""
     return layer._call_has_training_arg
+
+
+def call(model, inputs, training):
+    """`model(inputs)`, with `training` if its `call` takes that."""
+    return model(inputs, training=training) if takes_training(model) else model(inputs)
 
 
 def strategy_of(model):

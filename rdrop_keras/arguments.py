@@ -1,13 +1,12 @@
 """What an `RDropModel` takes: each check raises for what it does not, naming what was received and the remedy."""
 
-import math
 import numbers
 
 import keras
 from keras import tree
 
 from rdrop_keras import _keras, divergences, preprocessing
-from rdrop_keras.alpha import KLBudget
+from rdrop_keras.alpha import KLBudget, check_number
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -34,11 +33,12 @@ def check_model(model, wrapper):
 def check_alpha(alpha):
     if callable(alpha) or isinstance(alpha, KLBudget):
         return
-    received = f"Received: alpha={alpha!r} ({type(alpha).__name__})."
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"`alpha` must be a number ≥ 0, a LearningRateSchedule, a KLBudget or a function. {received}")
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"`alpha` must be a finite number ≥ 0. {received}")
+        raise TypeError(
+            "`alpha` must be a number ≥ 0, a LearningRateSchedule, a KLBudget or a function. "
+            f"Received: alpha={alpha!r} ({type(alpha).__name__})."
+        )
+    check_number("alpha", alpha)
 
 
 def check_divergence(divergence):

@@ -25,7 +25,7 @@ class Step:
 
     Attributes:
         name: The operation's name after those of the nested models that hold it: `"backbone/pooled_dense"`.
-        operation: The layer or `keras.Operation`, or a function.
+        operation: The layer or other `keras.Operation`.
         node: What Keras recorded of the call.
         inputs: `{id of a KerasTensor of the node: slot}`; a slot is a tensor's number in the graph.
         outputs: Slots of the flat outputs.
@@ -199,7 +199,9 @@ class PairedGraph:
         if share in paths:
             paths = [share]
         if len(paths) != 1:
-            inside = [s.name for s in self.steps if any(share == sub.name for sub in _sublayers(s.operation))]
+            inside = [
+                s.name for s in self.steps if any(share == layer.name for layer in _keras.all_layers(s.operation))
+            ]
             short = {name.rpartition("/")[2]: name for name in names}
             close = [short[name] for name in difflib.get_close_matches(share.rpartition("/")[2], short, n=5)]
             hint = (
@@ -342,7 +344,3 @@ def _nested_call(node):
     if not same_ranks or node.operation.activity_regularizer is not None:
         return None, None, None
     return functional, tensors, masks
-
-
-def _sublayers(operation):
-    return _keras.all_layers(operation) if isinstance(operation, keras.Layer) else []

@@ -153,7 +153,7 @@ class RDropModel(keras.Model):
     def call(self, inputs, training=None):
         num_passes = pairing.passes_in_step()
         if num_passes == 1:
-            return self._call_model(inputs, training)
+            return _keras.call(self.model, inputs, training)
         if self._graph is None and isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
             self.model.build(tuple(inputs.shape))
             self._make_graph()
@@ -164,9 +164,9 @@ class RDropModel(keras.Model):
             outputs = []
             for rate in of_passes:
                 with rates.at(rate, self.model):
-                    outputs.append(self._call_model(inputs, training))
+                    outputs.append(_keras.call(self.model, inputs, training))
             return pairing.concatenate(outputs)
-        outputs = self._call_model(pairing.tile(inputs, num_passes), training)
+        outputs = _keras.call(self.model, pairing.tile(inputs, num_passes), training)
         if self._graph is None:  # Now that all layers exist.
             self._make_graph()
         return outputs
@@ -330,9 +330,6 @@ class RDropModel(keras.Model):
         if self.dropout_rates is not None:
             self._rates = (stochastic.DropoutRates(self.model), self.dropout_rates)
 
-    def _call_model(self, inputs, training):
-        return self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
-
     @contextlib.contextmanager
     def _reporting(self, evaluation):
         """While `evaluation`, the logs are those of the wrapped model."""
@@ -341,3 +338,10 @@ class RDropModel(keras.Model):
             yield
         finally:
             self._evaluating = before
+
+
+def unwrapped(model):
+    """The model inside an `RDropModel`, or the `keras.Model` itself."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    return model.model if isinstance(model, RDropModel) else model

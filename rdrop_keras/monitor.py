@@ -15,7 +15,7 @@ from rdrop_keras import _keras, pairing, preprocessing, random_state
 from rdrop_keras.alpha import Fixed
 from rdrop_keras.arguments import check_integer
 from rdrop_keras.graph import PairedGraph
-from rdrop_keras.model import RDropModel
+from rdrop_keras.model import RDropModel, unwrapped
 from rdrop_keras.objective import RDropLoss
 from rdrop_keras.stochastic import check_stochastic
 
@@ -146,8 +146,7 @@ class _Measurement:
     """Measures one model any number of times with one program."""
 
     def __init__(self, model, passes):
-        if not isinstance(model, keras.Model):
-            raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+        wrapped = unwrapped(model)
         if not model.compiled or model.loss is None:
             raise RuntimeError(
                 f"`model` must be compiled with a loss before its inconsistency is measured. Received: {model.name!r}."
@@ -157,7 +156,6 @@ class _Measurement:
                 "`model` must be built: give it an Input, call it on a batch, or train it first. "
                 f"Received: model={model.name!r}, which is not."
             )
-        wrapped = model.model if isinstance(model, RDropModel) else model
         check_stochastic(wrapped)
         loss = RDropLoss(
             model.loss,
@@ -210,8 +208,8 @@ class _Probe(keras.Model):
         if self._graph.shares:
             passes = self._graph(inputs, self._passes, True)
         else:
-            passes = self._forward(pairing.tile(inputs, self._passes), True)
-        return {"full": self._forward(inputs, False), "passes": passes}
+            passes = _keras.call(self.model, pairing.tile(inputs, self._passes), True)
+        return {"full": _keras.call(self.model, inputs, False), "passes": passes}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         full, passes = y_pred["full"], pairing.split(y_pred["passes"], self._passes)
@@ -245,9 +243,6 @@ class _Probe(keras.Model):
         values = ops.convert_to_numpy(self._vector.means()).astype("float64")
         num_pairs = len(self._pairs)
         return np.split(values, np.cumsum([1, self._passes, num_pairs, num_pairs]))
-
-    def _forward(self, inputs, training):
-        return self.model(inputs, training=training) if _keras.takes_training(self.model) else self.model(inputs)
 
 
 class _VectorMean(keras.metrics.Metric):

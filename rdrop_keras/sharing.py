@@ -3,11 +3,9 @@
 import itertools
 from typing import NamedTuple
 
-import keras
-
 from rdrop_keras.arguments import check_share
 from rdrop_keras.graph import PairedGraph, num_parameters
-from rdrop_keras.model import RDropModel
+from rdrop_keras.model import unwrapped
 from rdrop_keras.stochastic import classify
 
 
@@ -85,7 +83,7 @@ def sharing(model, share="deterministic"):
     >>> print(rdrop_keras.sharing(model).summary)
     1 of 3 layer calls (78.3% of the parameters) run once for all passes, share='deterministic'
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     check_share(share)
     if not model.built:
         raise ValueError(
@@ -114,10 +112,4 @@ def stochastic_layers(model):
     >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
     [('drop', 0.1)]
     """
-    return classify(_unwrapped(model))[0]
-
-
-def _unwrapped(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
-    return model.model if isinstance(model, RDropModel) else model
+    return classify(unwrapped(model))[0]

@@ -105,7 +105,7 @@ class DropoutRates:
     @contextlib.contextmanager
     def at(self, rate, operation):
         """Within it, the dropout layers in `operation` are at `rate`."""
-        layers = _keras.all_layers(operation) if isinstance(operation, keras.Layer) else []
+        layers = _keras.all_layers(operation)
         own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
         try:
             for layer, name, _ in own:
