@@ -12,6 +12,7 @@ import pathlib
 import zipfile
 
 import numpy as np
+
 from experiment import fail
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}

@@ -25,16 +25,16 @@ import argparse
 import io
 import pathlib
 
-import experiment
 import keras
 import keras_hub
 import numpy as np
 import sacrebleu
 import sentencepiece
-import task_data
 from keras import ops
 
+import experiment
 import rdrop_keras
+import task_data
 
 # The paper's model for IWSLT14, and a small one that trains on a CPU.
 PRESETS = {

@@ -1,6 +1,9 @@
 """Several logical CPU devices stand in for several accelerators; set before a backend starts."""
 
+import json
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,6 +16,8 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -31,6 +36,25 @@ def pytest_collection_modifyitems(items):
         for marker in item.iter_markers("backends"):
             if BACKEND not in marker.args:
                 item.add_marker(pytest.mark.skip(reason=f"for {', '.join(marker.args)}"))
+
+
+@pytest.fixture
+def run_example(tmp_path, monkeypatch):
+    """Runs `main()` of an example with flags, as on a command line. Returns what `--results` says of the runs."""
+
+    def run(module, *flags):
+        results = tmp_path / "results.json"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags), "--results", str(results)])
+        try:
+            module.main()
+        finally:
+            keras.config.set_dtype_policy("float32")
+            if BACKEND == "jax":
+                keras.distribution.set_distribution(None)
+        return json.loads(results.read_text(encoding="utf-8"))["runs"]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

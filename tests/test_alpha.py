@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from models import logs_of_step, mlp
 
+from models import logs_of_step, mlp
 from rdrop_keras import KLBudget, RDropModel
 
 X = np.random.RandomState(0).normal(size=(48, 4)).astype("float32")

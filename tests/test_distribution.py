@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, losses, ops
-from models import mlp, to_numpy
 
+from models import mlp, to_numpy
 from rdrop_keras import KLBudget, RDropModel
 from rdrop_keras.pairing import passes_in_step
 

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-import reference
 from keras import ops
 
+import reference
 from rdrop_keras import Divergence, RDropModel
 from rdrop_keras.divergences import resolve
 

@@ -5,9 +5,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from models import gradients_of_step, to_numpy
 
 import rdrop_keras
+from models import gradients_of_step, to_numpy
 from rdrop_keras import pairing
 from rdrop_keras.graph import PairedGraph
 

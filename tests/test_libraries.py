@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, losses, ops
-from models import to_numpy
 
+from models import to_numpy
 from rdrop_keras import RDropModel
 
 BACKEND = keras.backend.backend()

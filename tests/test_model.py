@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, losses, ops
-from models import Passes, gradients_of_step, mlp, to_numpy
 
+from models import Passes, gradients_of_step, mlp, to_numpy
 from rdrop_keras import RDropModel
 
 BACKEND = keras.backend.backend()

@@ -1,11 +1,11 @@
 import keras
 import numpy as np
 import pytest
-import reference
 from keras import layers, ops
-from models import mlp, to_numpy
 
 import rdrop_keras
+import reference
+from models import mlp, to_numpy
 from rdrop_keras import InconsistencyMonitor, RDropModel, inconsistency, monitor
 
 X = np.random.RandomState(0).normal(size=(40, 4)).astype("float32")

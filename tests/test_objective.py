@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-import reference
 from keras import layers, losses, ops
-from models import Passes, gradients_of_step, mlp, to_numpy
 
+import reference
+from models import Passes, gradients_of_step, mlp, to_numpy
 from rdrop_keras import Divergence, RDropModel
 
 REDUCTIONS = ["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight"]

@@ -3,8 +3,8 @@ import builtins
 import keras
 import numpy as np
 import pytest
-from models import mlp
 
+from models import mlp
 from rdrop_keras import RDropModel, plot
 
 pytest.importorskip("matplotlib")

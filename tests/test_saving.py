@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, losses, ops
-from models import mlp, to_numpy
 
+from models import mlp, to_numpy
 from rdrop_keras import Divergence, RDropModel
 
 BACKEND = keras.backend.backend()

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from models import logs_of_step, mlp, to_numpy
 
+from models import logs_of_step, mlp, to_numpy
 from rdrop_keras import RDropModel, pairing
 
 X = np.random.RandomState(0).normal(size=(48, 4)).astype("float32")
