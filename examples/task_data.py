@@ -56,13 +56,13 @@ def read_tfds(name, columns, splits, train_rows=None):
 
     tables = {}
     for split, source in splits.items():
-        if split == "train" and train_rows is not None:
-            source = f"{source}[:{train_rows}]"
         try:
             dataset = tfds.load(name, split=source)
         except Exception as error:
             error.add_note(f"{name} could not be loaded. --data reads local files in its place.")
             raise
+        if split == "train" and train_rows is not None:
+            dataset = dataset.take(train_rows)
         rows = [[row[column] for column in columns] for row in tfds.as_numpy(dataset)]
         texts = [[x.decode("utf-8") if isinstance(x, bytes) else x for x in column] for column in zip(*rows)]
         tables[split] = dict(zip(columns, texts))
@@ -118,67 +118,76 @@ def _read_table(path, columns):
     return {column: [fields[header.index(column)] for fields in lines[1:]] for column in columns}
 
 
-def read_images(path, size, required=("train", "test")):
-    """`{split: (images, labels)}` and the names of the classes, from folders or a zip of `SPLIT/CLASS/IMAGE`.
+def read_images(path, max_size, required=("train",)):
+    """`{split: (images, labels)}` and the names of the classes, from files `SPLIT/CLASS/IMAGE` in a folder or a zip.
 
     Args:
-        path: The folder or the zip file.
-        size: Height and width that every image is to have.
+        path: The folder or the zip.
+        max_size: All images are cropped to squares of one size: that of the largest of these squares, or this if it is
+            less.
         required: Splits without which the program ends; the others are left out.
 
     Returns:
         uint8 images of shape `(n, size, size, 3)` with int32 labels, which number the sorted names, and these names.
     """
-    from PIL import Image
-
+    if importlib.util.find_spec("PIL") is None:
+        fail("images are read by Pillow: pip install pillow")
     path = pathlib.Path(path)
     if path.is_dir():
-        names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-        names = [name.replace("\\", "/") for name in names]
-
-        def read(name):
-            return (path / name).read_bytes()
-
+        root = path
     elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = sorted(name for name in archive.namelist() if not name.endswith("/"))
-        read = archive.read
+        root = zipfile.Path(path)
     else:
-        fail(f"--data must be a folder or a zip of images, SPLIT/CLASS/IMAGE. Received: {path}")
-    parts = [name.split("/") for name in names]
-    stems = {stem: split for split, stems in SPLITS.items() for stem in stems}
+        fail(f"--data must be a folder or a zip of images. Received: {path}")
     files = {}
-    for name, (*_, split, label, file) in zip(names, (["", "", *p] for p in parts)):
-        if split in stems and file.lower().endswith(IMAGE_ENDINGS):
-            files.setdefault(stems[split], []).append((name, label))
-    for split in required:
-        if split not in files:
-            fail(f"{path} has no {split} images: expected files such as {SPLITS[split][0]}/cat/1.jpg")
-    folders = _class_folders(path, names, stems)
-    classes = sorted({label for rows in files.values() for _, label in rows} | folders)
+    for split, stems in SPLITS.items():
+        found = [stem for stem in stems if (root / stem).is_dir()]
+        if len(found) > 1:
+            fail(f"{path} has several {split} splits: {', '.join(found)}")
+        if found:
+            files[split] = _image_files(root / found[0])
+        elif split in required:
+            fail(f"{path} has no {split} split: expected images such as {stems[0]}/cat/1.jpg")
+    classes = sorted({label for by_class in files.values() for label in by_class})
     if len(classes) < 2:
-        fail(f"{path} must have images of at least two classes. Received: {', '.join(classes)}")
+        fail(f"{path} must have images of at least two classes. Received: {', '.join(classes) or 'none'}")
+    for split, by_class in files.items():
+        for label in classes:
+            if not by_class.get(label):
+                endings = ", ".join(IMAGE_ENDINGS)
+                fail(f"{path} has no {split} image of class {label}: expected files that end in {endings}")
+    squares = {
+        split: [_read_square(file, max_size) for label in classes for file in by_class[label]]
+        for split, by_class in files.items()
+    }
+    size = max(image.width for images in squares.values() for image in images)
     splits = {}
-    for split, rows in files.items():
-        empty = sorted(set(classes) - {label for _, label in rows})
-        if empty:
-            fail(f"{path} has no {split} image of class {empty[0]}: expected some of each of {', '.join(classes)}")
-        images = np.empty((len(rows), size, size, 3), "uint8")
-        for i, (name, _) in enumerate(rows):
-            try:
-                image = Image.open(io.BytesIO(read(name))).convert("RGB")
-            except OSError as error:
-                fail(f"{path}: {name} cannot be read as an image: {error}")
-            images[i] = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
-        splits[split] = images, np.array([classes.index(label) for _, label in rows], "int32")
+    for split, images in squares.items():
+        counts = [len(files[split][label]) for label in classes]
+        labels = np.repeat(np.arange(len(classes), dtype="int32"), counts)
+        splits[split] = np.stack([np.asarray(image.resize((size, size))) for image in images]), labels
     return splits, classes
 
 
-def _class_folders(path, names, stems):
-    """The classes that have a folder, even an empty one."""
-    if not path.is_dir():
-        names = zipfile.ZipFile(path).namelist()
-        return {
-            parts[-2] for name in names if (parts := name.split("/"))[-1] == "" and parts[-3:-2] and parts[-3] in stems
-        }
-    return {folder.name for folder in path.glob("*/*") if folder.is_dir() and folder.parent.name in stems}
+def _image_files(folder):
+    """`{class: [file]}` of the folders in `folder`, a path or a `zipfile.Path`; both sorted by name."""
+    folders = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
+    return {
+        folder.name: sorted(
+            (entry for entry in folder.iterdir() if entry.name.lower().endswith(IMAGE_ENDINGS)),
+            key=lambda entry: entry.name,
+        )
+        for folder in folders
+    }
+
+
+def _read_square(file, max_size):
+    """The middle of an image, as large a square as fits, made smaller if its side is above `max_size`."""
+    from PIL import Image, ImageOps
+
+    try:
+        image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
+    except (OSError, zipfile.BadZipFile) as error:
+        fail(f"{file} cannot be read as an image: {error}")
+    size = min(max_size, *image.size)
+    return ImageOps.fit(image, (size, size))
