@@ -225,7 +225,7 @@ class Results:
             "tensorflow" if keras.backend.backend() == "tensorflow" else keras.backend.backend(),
         )
         self.content.update(
-            command=" ".join(["python", "benchmarks/studies.py", *sys.argv[1:]]),
+            command=" ".join(["python", "benchmarks/studies.py", *sys.argv[1:]]).replace(str(args.data), "DIR"),
             seeds=args.seeds,
             task=args.task,
             alpha=task.alpha,

@@ -6,8 +6,8 @@ The tasks themselves, their data, models and metrics, are in the examples. Each 
     scope = experiment.prepare(args)               # chooses the devices, before anything is made
     experiment.run_all(args, train)                # `train(run)` for plain training, R-Drop or both
 
-where `train(run)` builds, compiles and fits a model with `run.alpha`, `run.callbacks()` and `run.verbose`, and returns
-the trained Keras model and its scores.
+where `train(run)` builds, compiles and fits a model with `run.alpha`, `run.jit_compile`, `run.callbacks()` and
+`run.verbose`, and returns the trained Keras model and its scores.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ import keras
 import rdrop_keras
 
 STRATEGIES = ("mirrored", "multiworker", "none", "tpu")
+JIT = {"auto": "auto", "off": False, "on": True}
 MIXED_PRECISION = ("mixed_bfloat16", "mixed_float16")
 # Flags that say how a run is shown or where it is kept, not what it computes: they may change when it resumes.
 NOT_OF_THE_RUN = ("backup_dir", "out", "results", "seeds", "tensorboard")
@@ -51,6 +52,9 @@ def add_flags(parser, *, alpha, dropout, epochs, batch_size, learning_rate):
     training.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     training.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: %(default)s)")
     training.add_argument("--mixed-precision", choices=MIXED_PRECISION, help="compute in 16 bits")
+    training.add_argument(
+        "--jit", choices=sorted(JIT), default="auto", help="XLA; on a CPU off is often faster (default: %(default)s)"
+    )
     training.add_argument(
         "--strategy",
         choices=STRATEGIES,
@@ -168,6 +172,10 @@ class Run:
     @property
     def name(self):
         return "plain" if self.alpha is None else f"R-Drop (alpha={self.alpha:g})"
+
+    @property
+    def jit_compile(self):
+        return JIT[self.args.jit]
 
     @property
     def verbose(self):

@@ -33,8 +33,8 @@ import pathlib
 import keras
 import keras_hub
 import numpy as np
+import sklearn.metrics
 from scipy import stats
-from sklearn import metrics
 
 import experiment
 import rdrop_keras
@@ -74,9 +74,9 @@ TASKS = {
     "stsb": Task(("sentence1", "sentence2"), 1, ("Pearson", "Spearman")),
 }
 SCORES = {
-    "accuracy": lambda labels, outputs: metrics.accuracy_score(labels, outputs.argmax(axis=-1)),
-    "F1": lambda labels, outputs: metrics.f1_score(labels, outputs.argmax(axis=-1)),
-    "Matthews": lambda labels, outputs: metrics.matthews_corrcoef(labels, outputs.argmax(axis=-1)),
+    "accuracy": lambda labels, outputs: sklearn.metrics.accuracy_score(labels, outputs.argmax(axis=-1)),
+    "F1": lambda labels, outputs: sklearn.metrics.f1_score(labels, outputs.argmax(axis=-1)),
+    "Matthews": lambda labels, outputs: sklearn.metrics.matthews_corrcoef(labels, outputs.argmax(axis=-1)),
     "Pearson": lambda labels, outputs: stats.pearsonr(labels, outputs[:, 0]).statistic,
     "Spearman": lambda labels, outputs: stats.spearmanr(labels, outputs[:, 0]).statistic,
 }
@@ -205,9 +205,10 @@ def train(run, data, args):
         )
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
         if task.num_classes > 1:
-            model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+            loss, metrics = keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"]
         else:
-            model.compile(optimizer, keras.losses.MeanSquaredError())
+            loss, metrics = keras.losses.MeanSquaredError(), None
+        model.compile(optimizer, loss, metrics=metrics, jit_compile=run.jit_compile)
     model.fit(
         x,
         y,

@@ -35,6 +35,7 @@ from keras import ops
 import experiment
 import rdrop_keras
 import task_data
+from beam_search import BeamSampler
 
 # The paper's model for IWSLT14, and a small one that trains on a CPU.
 PRESETS = {
@@ -44,7 +45,7 @@ PRESETS = {
 VOCABULARY_SIZES = {"transformer_iwslt_de_en": 10_000, "none": 4_000}
 LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
-DECODING_BATCH = 100
+DECODING_BATCH = 96  # Of all devices, if there are several.
 PAD, UNKNOWN, START, END = range(4)
 
 
@@ -207,13 +208,9 @@ class Translator(keras_hub.models.Seq2SeqLM):
             encoded, source, caches = state
             token = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
             logits, caches = self.decode(token, index - 1, encoded, source, caches, None)
-            # After its end a translation goes on with padding, which costs a beam nothing.
-            ended = ops.any(prompt == END, axis=1)[:, None]
-            only_padding = ops.where(ops.arange(logits.shape[-1]) == PAD, 0.0, -1e9)
-            logits = ops.where(ended, ops.cast(only_padding, logits.dtype), logits[:, 0])
-            return logits, token, (encoded, source, caches)
+            return logits[:, 0], token, (encoded, source, caches)
 
-        tokens = self.sampler(
+        return self.sampler(
             next=next,
             prompt=prompt,
             cache=(encoded, source, caches),
@@ -222,12 +219,6 @@ class Translator(keras_hub.models.Seq2SeqLM):
             stop_token_ids=stop_token_ids,
             model=self,
         )
-        if isinstance(tokens, tuple):  # All beams with the sums of their log-probabilities: the best mean is taken.
-            beams, log_probs = tokens
-            lengths = ops.sum(ops.cast(beams != PAD, log_probs.dtype), axis=-1)
-            best = ops.argmax(log_probs / lengths, axis=-1)
-            tokens = ops.squeeze(ops.take_along_axis(beams, best[:, None, None], axis=1), axis=1)
-        return tokens
 
 
 # ## The loss
@@ -260,7 +251,7 @@ def train(run, tokens, texts, proto, args):
         model = experiment.trainable(translator)
         if run.alpha is not None:
             model = rdrop_keras.RDropModel(model, run.alpha, rdrop_keras.Divergence("kl", from_logits=True))
-        compile_model(model, experiment.schedule(args, len(y)))
+        compile_model(model, experiment.schedule(args, len(y)), run.jit_compile)
     model.fit(
         x,
         y,
@@ -278,11 +269,12 @@ def build_translator(args):
     return Translator(args.vocabulary_size, args.max_length, dropout=args.dropout, **PRESETS[args.preset])
 
 
-def compile_model(model, learning_rate):
+def compile_model(model, learning_rate, jit_compile="auto"):
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate, beta_2=0.98, epsilon=1e-9, clipnorm=CLIP_NORM),
         loss=SmoothedCrossentropy(),
         weighted_metrics=["accuracy"],
+        jit_compile=jit_compile,
     )
 
 
@@ -302,10 +294,7 @@ def score(translator, tokens, texts, proto, args):
 
 def translate(translator, source, proto, beams=1):
     """Texts of source tokens `(n, max_length)`."""
-    if beams == 1:
-        sampler = keras_hub.samplers.GreedySampler()
-    else:
-        sampler = keras_hub.samplers.BeamSampler(num_beams=beams, return_all_beams=True)
+    sampler = keras_hub.samplers.GreedySampler() if beams == 1 else BeamSampler(beams, PAD)
     translator.compile(optimizer=None, loss=None, weighted_metrics=None, sampler=sampler)
     prompt = np.zeros((DECODING_BATCH, source.shape[1]), "int32")
     prompt[:, 0] = START

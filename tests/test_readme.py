@@ -1,10 +1,12 @@
 """The code in the README and in docstrings runs as it stands."""
 
 import doctest
+import importlib
 import json
 import os
 import pathlib
 import re
+import shlex
 
 import keras
 import numpy as np
@@ -35,12 +37,25 @@ def test_python_blocks_in_order(tmp_path, monkeypatch):
 
 
 def test_two_commands():
-    first, second = blocks("bash")
+    first, second, _ = blocks("bash")
     assert "pip install" in first and "examples/quickstart.py" in first
     assert "pip install" in second and "pytest" in second
     extras = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second))):
         assert f"\n{extra} =" in extras
+
+
+@pytest.mark.backends("tensorflow")
+def test_commands_of_the_examples(monkeypatch, tmp_path):
+    pytest.importorskip("keras_hub")
+    pytest.importorskip("sacrebleu")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines()]
+    assert len(commands) >= 3
+    for python, script, *flags in commands:
+        assert python == "python"
+        monkeypatch.setattr("sys.argv", [script, *flags])
+        importlib.import_module(pathlib.Path(script).stem).parse_arguments()
 
 
 def test_files_and_names_exist():

@@ -78,7 +78,7 @@ def test_beams_find_what_is_at_least_as_likely():
     source = np.random.default_rng(1).integers(4, 50, (3, 8))
     prompt = np.zeros((3, 3), "int32")
     prompt[:, 0] = translation.START
-    translator.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=50, return_all_beams=True))
+    translator.compile(sampler=translation.BeamSampler(50, translation.PAD))
     generated = translator.generate({"source": source, "target": prompt}, stop_token_ids=(translation.END,))
 
     def log_probs(target):
@@ -92,7 +92,7 @@ def test_beams_find_what_is_at_least_as_likely():
         first = log_probs(prompt[row : row + 1])[0, 0]
         second = log_probs(np.array([[translation.START, word] for word in range(50)]))[:, 1]
         totals = first[:, None] + second
-        lengths = np.full((50, 50), 3.0)
+        lengths = np.full((50, 50), 2.0)
         lengths[:, translation.PAD] -= 1
         lengths[translation.PAD] -= 1
         # An ended translation goes on with padding for nothing.

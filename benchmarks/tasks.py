@@ -1,0 +1,155 @@
+"""The examples on local data: plain training and R-Drop, in as many epochs, over seeds.
+
+Every run is a command of its own, an example with flags, that writes its scores. Of several α the one with the best
+validation score at the first seed is taken for the others. Runs are kept in a file as they end, so that a command which
+is stopped goes on where it was when it is given again.
+
+    python tasks.py --data DIR --encoder DIR                  # all of them
+    python tasks.py --data DIR --encoder DIR --tasks cola rte --seeds 1
+    python tasks.py --table                                   # prints what the file holds
+
+`DIR` of `--data` has a folder or file for each task, as the examples read them: `glue/cola`, `glue/sst2`, `glue/mrpc`,
+`glue/rte`, `glue/stsb`, `multi30k`, `wikitext2`, `debsum`, `cifar10_15k.zip`. `--encoder` is a BERT as
+`examples/glue.py` reads it.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass
+class Task:
+    """One row of the table: an example, its data, its flags, and the α to choose from."""
+
+    example: str
+    data: str
+    flags: str
+    score: str
+    alphas: tuple
+    lower_is_better: bool = False
+
+
+def glue(task, length, score):
+    flags = f"--task {task} --max-length {length} --train-rows 2000 --epochs 3 --learning-rate 1e-4"
+    return Task("glue.py", f"glue/{task}", flags, score, (0.1, 0.5, 1.0))
+
+
+TRANSLATION = "--preset none --max-length 32 --train-rows 10000 --epochs 20 --learning-rate 1e-3 --dropout 0.1"
+TASKS = {
+    "cola": glue("cola", 32, "Matthews"),
+    "sst2": glue("sst2", 48, "accuracy"),
+    "mrpc": glue("mrpc", 80, "accuracy"),
+    "rte": glue("rte", 96, "accuracy"),
+    "stsb": glue("stsb", 48, "Pearson"),
+    "en-de": Task("translation.py", "multi30k", TRANSLATION, "BLEU", (5.0,)),
+    "de-en": Task("translation.py", "multi30k", f"{TRANSLATION} --source de --target en", "BLEU", (5.0,)),
+}
+
+
+def command(name, args, alpha, seed):
+    """Of one run; without α it is plain training."""
+    task = TASKS[name]
+    kind = ["--plain"] if alpha is None else ["--alpha", f"{alpha:g}"]
+    encoder = ["--encoder", str(args.encoder)] if task.example == "glue.py" else []
+    data = ["--data", str(args.data / task.data)]
+    return [f"examples/{task.example}", *data, *encoder, *task.flags.split(), *kind, "--seed", str(seed)]
+
+
+class Results:
+    """The runs made so far, in a JSON file: `{task: {α or plain: {seed: run}}}`."""
+
+    def __init__(self, path):
+        self.path = path
+        self.runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def run(self, name, args, alpha, seed):
+        """The scores of a run, made if it has not been."""
+        done = self.runs.setdefault(name, {}).setdefault("plain" if alpha is None else f"alpha={alpha:g}", {})
+        if str(seed) not in done:
+            arguments = command(name, args, alpha, seed)
+            print(f"\n{name}: python {' '.join(arguments)}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                results = pathlib.Path(folder) / "results.json"
+                subprocess.run([sys.executable, *arguments, "--results", str(results)], cwd=ROOT, check=True)
+                content = json.loads(results.read_text(encoding="utf-8"))
+            (run,) = content.pop("runs")
+            shown = argparse.Namespace(data=pathlib.Path("DIR"), encoder="ENCODER")
+            content["command"] = " ".join(["python", *command(name, shown, alpha, seed)])
+            curves = {key: [round(value, 4) for value in values] for key, values in run["curves"].items()}
+            done[str(seed)] = {"scores": run["scores"], "curves": curves, **content}
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+        return done[str(seed)]["scores"]
+
+
+def measure(name, args, results):
+    task = TASKS[name]
+    sign = -1 if task.lower_is_better else 1
+    first = {alpha: results.run(name, args, alpha, 0) for alpha in task.alphas}
+    best = max(first, key=lambda alpha: sign * first[alpha][f"validation {task.score}"])
+    for seed in range(args.seeds):
+        results.run(name, args, None, seed)
+        results.run(name, args, best, seed)
+
+
+def table(results):
+    lines = ["| task | score | plain | R-Drop | α | seeds | seconds, × plain |", "|---|---|---|---|---|---|---|"]
+    for name, kinds in results.runs.items():
+        task = TASKS[name]
+        chosen = max((kind for kind in kinds if kind != "plain"), key=lambda kind: len(kinds[kind]))
+        if not kinds.get("plain"):
+            continue
+        split = "test" if f"test {task.score}" in kinds["plain"]["0"]["scores"] else "validation"
+        cells, seconds = [], []
+        for kind in ("plain", chosen):
+            runs = kinds[kind].values()
+            cells.append(mean_and_deviation([run["scores"][f"{split} {task.score}"] for run in runs]))
+            seconds.append(statistics.median(run["curves"]["seconds"][-1] for run in runs))
+        seeds = len(kinds["plain"])
+        score = f"{task.score}, {split}"
+        alpha = chosen.removeprefix("alpha=")
+        lines.append(f"| {name} | {score} | {' | '.join(cells)} | {alpha} | {seeds} | {seconds[1] / seconds[0]:.2f} |")
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values):
+    digits = 2 if max(map(abs, values)) > 1.5 else 3
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--encoder", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), metavar="TASK", default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "tasks.json")
+    parser.add_argument("--table", action="store_true", help="print the results in the file and stop")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be ≥ 1. Received: {args.seeds}")
+    results = Results(args.out)
+    if not args.table:
+        if args.data is None or not args.data.is_dir():
+            parser.error(f"--data must be a folder that exists. Received: {args.data}")
+        if args.encoder is None and any(TASKS[name].example == "glue.py" for name in args.tasks):
+            parser.error("the tasks of GLUE need --encoder")
+        args.data = args.data.resolve()
+        args.encoder = args.encoder and args.encoder.resolve()
+        for name in args.tasks:
+            measure(name, args, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
