@@ -106,6 +106,11 @@ class PairedGraph:
             self._mark(steps, set() if share == "deterministic" else self._up_to(steps, share))
 
     @property
+    def knows_layers(self):
+        """Whether the model is a graph of layers, and not one step as a whole."""
+        return self._functional is not None
+
+    @property
     def shares(self):
         """Whether any step runs once for all passes."""
         return not all(step.repeated for step in self.steps)

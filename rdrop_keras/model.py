@@ -157,7 +157,8 @@ class RDropModel(keras.Model):
         if self._graph is None and isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
             self.model.build(tuple(inputs.shape))
             self._make_graph()
-        if self._graph is not None and self._graph.shares:
+        # With rates the graph runs layer by layer also where it shares nothing: each layer is at a rate by itself.
+        if self._graph is not None and (self._graph.shares or (self._rates and self._graph.knows_layers)):
             return self._graph(inputs, num_passes, training, self._rates)
         if self._rates is not None:
             rates, of_passes = self._rates

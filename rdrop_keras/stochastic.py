@@ -92,6 +92,8 @@ class DropoutRates:
     """
 
     def __init__(self, model):
+        strategy = _keras.strategy_of(model)
+        self._num_replicas = 1 if strategy is None else strategy.num_replicas_in_sync
         self._own = {
             layer: {name: rate for name, rate in _rates(layer).items() if rate and name in _DROPOUT_RATES}
             for layer in classify(model)[0]
@@ -104,9 +106,21 @@ class DropoutRates:
 
     @contextlib.contextmanager
     def at(self, rate, operation):
-        """Within it, the dropout layers in `operation` are at `rate`."""
+        """Within it, the dropout layers in `operation` are at `rate`.
+
+        Raises:
+            ValueError: On several replicas of tf.distribute that wait for each other inside `operation`.
+        """
         layers = _keras.all_layers(operation)
         own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
+        normalizer = next((layer for layer in layers if getattr(layer, "synchronized", False)), None)
+        if own and normalizer is not None and self._num_replicas > 1:
+            # Replicas are traced in threads that take turns where they meet: others would run at this pass's rate.
+            raise ValueError(
+                "On several replicas, `dropout_rates` cannot act on a layer or model that holds both dropout and "
+                "synchronized batch normalization. Make it of Functional models, or give `synchronized=False`. "
+                f"Received: {operation.name!r} with {normalizer.name!r}."
+            )
         try:
             for layer, name, _ in own:
                 setattr(layer, name, rate)

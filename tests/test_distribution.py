@@ -120,6 +120,41 @@ def test_mirrored_dropout_and_batch_normalization(mode):
     assert history["val_loss"][-1] < history["val_loss"][0]
 
 
+class NormalizedDropout(layers.Layer):
+    """Dropout before and after a normalization for which replicas wait for each other."""
+
+    def __init__(self, synchronized, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = layers.BatchNormalization(synchronized=synchronized)
+        self.dropouts = [layers.Dropout(0.5), layers.Dropout(0.5)]
+
+    def build(self, input_shape):
+        self.normalization.build(input_shape)
+
+    def call(self, inputs, training=None):
+        x = self.normalization(self.dropouts[0](inputs, training=training), training=training)
+        return self.dropouts[1](x, training=training)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_dropout_rates_where_replicas_wait(replicas, synchronized):
+    """A replica that waits in the middle of a layer would go on at the rate of another's pass: that is refused."""
+    with mirrored(replicas).scope():
+        x = keras.Input((4,))
+        inner = keras.Model(x, layers.Dense(3)(NormalizedDropout(synchronized, name="block")(x)))
+        distributed = RDropModel(inner, dropout_rates=(0.0, 0.3))
+        distributed.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    if synchronized and replicas > 1:
+        with pytest.raises(
+            ValueError, match=r"`dropout_rates` cannot act on a layer.*Received: 'block' with 'batch_norm"
+        ):
+            distributed.fit(X, Y, batch_size=8, verbose=0)
+    else:
+        assert np.isfinite(distributed.fit(X, Y, batch_size=8, verbose=0).history["loss"]).all()
+
+
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("inside", ["model", "wrapper"])
 def test_scopes_must_agree(inside):

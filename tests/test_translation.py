@@ -97,7 +97,7 @@ def test_beams_find_what_is_at_least_as_likely():
         lengths[translation.PAD] -= 1
         # An ended translation goes on with padding for nothing.
         totals[translation.END] = np.where(np.arange(50) == translation.PAD, first[translation.END], -np.inf)
-        best = np.unravel_index(np.argmax(totals / lengths), totals.shape)
+        best = np.unravel_index(np.argmax(totals / np.maximum(lengths, 1)), totals.shape)
         assert tuple(generated[row, 1:]) == best
 
 
