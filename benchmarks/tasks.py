@@ -9,7 +9,7 @@ is stopped goes on where it was when it is given again.
     python tasks.py --table                                   # prints what the file holds
 
 `DIR` of `--data` has a folder or file for each task, as the examples read them: `glue/cola`, `glue/sst2`, `glue/mrpc`,
-`glue/rte`, `glue/stsb`, `multi30k`, `wikitext2`, `debsum`, `cifar10_15k.zip`. `--encoder` is a BERT as
+`glue/rte`, `glue/stsb`, `multi30k`, `cifar10_15k.zip`, `wikitext2`, `debsum`. `--encoder` is a BERT as
 `examples/glue.py` reads it.
 """
 
@@ -38,7 +38,7 @@ class Task:
 
 
 def glue(task, length, score):
-    flags = f"--task {task} --max-length {length} --train-rows 2000 --epochs 3 --learning-rate 1e-4"
+    flags = f"--task {task} --max-length {length} --train-rows 2000 --epochs 3 --learning-rate 1e-4 --jit off"
     return Task("glue.py", f"glue/{task}", flags, score, (0.1, 0.5, 1.0))
 
 
@@ -51,6 +51,28 @@ TASKS = {
     "stsb": glue("stsb", 48, "Pearson"),
     "en-de": Task("translation.py", "multi30k", TRANSLATION, "BLEU", (5.0,)),
     "de-en": Task("translation.py", "multi30k", f"{TRANSLATION} --source de --target en", "BLEU", (5.0,)),
+    "cifar10": Task(
+        "vit_cifar100.py",
+        "cifar10_15k.zip",
+        "--preset none --epochs 15 --learning-rate 1e-3 --dropout 0.1",
+        "accuracy",
+        (0.6,),
+    ),
+    "wikitext2": Task(
+        "language_model.py",
+        "wikitext2",
+        "--preset none --epochs 10 --learning-rate 1e-3 --dropout 0.1",
+        "perplexity",
+        (1.0,),
+        lower_is_better=True,
+    ),
+    "debsum": Task(
+        "summarization.py",
+        "debsum",
+        "--preset none --train-rows 10000 --epochs 10 --batch-size 32 --learning-rate 2e-3 --dropout 0.1",
+        "ROUGE-L",
+        (0.7,),
+    ),
 }
 
 
