@@ -73,17 +73,22 @@ def test_docstrings(name):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_studies_are_those_measured():
+@pytest.mark.parametrize(
+    "name, measure, digits", [("studies", "test accuracy", 3), ("studies_translation", "test BLEU", 2)]
+)
+def test_studies_are_those_measured(name, measure, digits):
     text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    runs = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text(encoding="utf-8"))["runs"]
-    rows = {
-        cells[0]: cells[1:]
-        for cells in (row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and "±" in row)
-    }
-    assert set(rows) <= set(runs) and len(rows) > 15
-    for name, cells in rows.items():
-        accuracies = [result["test accuracy"] for result in runs[name]["steps"].values()]
-        assert cells[0] == f"{np.mean(accuracies):.3f} ± {np.std(accuracies, ddof=1):.3f}"
+    runs = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+    tables = [table.splitlines() for table in re.findall(rf"^\| \| {measure} .*?\n\n", text, re.MULTILINE | re.DOTALL)]
+    rows = [row.strip("| ").split(" | ") for table in tables for row in table[2:] if row]
+    assert {row[0] for row in rows} == set(runs)
+    for variant, *cells in rows:
+        values = [result[measure] for result in runs[variant]["steps"].values()]
+        deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        assert cells[0] == f"{np.mean(values):.{digits}f}{deviation}"
+        if variant != "plain":
+            values = [result[measure] for result in runs[variant]["seconds"].values()]
+            assert cells[3].startswith(f"{np.mean(values):.{digits}f}")
 
 
 def test_step_times_are_those_measured():
