@@ -13,7 +13,6 @@ where `train(run)` builds, compiles and fits a model with `run.alpha`, `run.jit_
 import contextlib
 import csv
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -310,14 +309,15 @@ def _mean_and_deviation(values):
 def provenance():
     """What a number needs beside it: command, versions, hardware."""
     backend = keras.backend.backend()
-    packages = ("keras", "keras-hub", "numpy", backend)
+    devices = [] if backend == "torch" else keras.distribution.list_devices()  # Keras 3.15 has none for PyTorch.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    modules = {name: sys.modules.get(name) for name in ("keras", "keras_hub", "numpy", backend)}
+    versions = {name: module.__version__ for name, module in modules.items() if module is not None}
     return {
         "command": " ".join(["python", *sys.argv]),
         "backend": backend,
         "versions": {"python": platform.python_version(), **versions},
-        "hardware": [*keras.distribution.list_devices(), f"{cores} of {os.cpu_count()} CPU cores"],
+        "hardware": [*devices, f"{cores} of {os.cpu_count()} CPU cores"],
     }
 
 
