@@ -4,7 +4,7 @@ The tasks themselves, their data, models and metrics, are in the examples. Each 
 
     args = experiment.parse(parser)                # after `experiment.add_flags(parser, ...)`
     scope = experiment.prepare(args)               # chooses the devices, before anything is made
-    experiment.run_all(args, train)                # `train(run)` for plain training, R-Drop or both
+    experiment.run_all(args, scope, train)         # `train(run)` for plain training, R-Drop or both
 
 where `train(run)` builds, compiles and fits a model with `run.alpha`, `run.jit_compile`, `run.callbacks()` and
 `run.verbose`, and returns the trained Keras model and its scores.
@@ -81,9 +81,7 @@ def parse(parser):
         parser.error("--dropout must be > 0: R-Drop compares passes with different dropout. Or give --plain")
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         parser.error(f"--learning-rate must be a finite number > 0. Received: {args.learning_rate}")
-    for name in ("batch_size", "epochs", "seeds", "train_rows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be ≥ 1. Received: {getattr(args, name)}")
+    check_least(parser, args, batch_size=1, epochs=1, seeds=1, train_rows=1)
     for name in ("backup_dir", "export", "tensorboard"):
         path = getattr(args, name)
         if path is not None and path.exists() and not path.is_dir():
@@ -111,6 +109,14 @@ def parse(parser):
     if args.backup_dir is not None:
         _check_backup(parser, args)
     return args
+
+
+def check_least(parser, args, **leasts):
+    """Ends the program if an argument that is given is below the least of its name."""
+    for name, least in leasts.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be ≥ {least}. Received: {value}")
 
 
 def _check_backup(parser, args):
@@ -221,28 +227,9 @@ def run_all(args, scope, train):
         for seed in range(args.seed, args.seed + args.seeds):
             for alpha in alphas:
                 run = Run(alpha, seed, folder / f"{'plain' if alpha is None else 'rdrop'}-{seed}", args, scope)
-                run.folder.mkdir(exist_ok=True)
-                done = run.folder / "done.json"
-                if done.exists():
-                    print(f"\n{run.name}, seed {seed}: done before, in {run.folder}")
-                    records.append(json.loads(done.read_text(encoding="utf-8")))
-                    continue
-                print(f"\n{run.name}, seed {seed}")
-                keras.utils.clear_session()
-                keras.utils.set_random_seed(seed)
-                model, scores = train(run)
-                print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-                curves = run.curves()
-                record = {"name": run.name, "alpha": alpha, "seed": seed, "scores": scores, "curves": curves}
-                if args.export is not None and (alpha, seed) == (alphas[-1], args.seed):
-                    export(model, args.export)
-                    record["to call"] = how_to_call(model, args.export)
-                _write(done, record)
-                records.append(record)
+                records.append(_record(run, train, exports=(alpha, seed) == (alphas[-1], args.seed)))
                 if args.results is not None:
                     _write(args.results, {**provenance(), "runs": records})
-    if args.results is not None:
-        _write(args.results, {**provenance(), "runs": records})
     print("\n" + table(records))
     if args.compare:
         histories = {}
@@ -254,6 +241,26 @@ def run_all(args, scope, train):
         (to_call,) = (record["to call"] for record in records if "to call" in record)
         kind = "R-Drop" if alphas[-1] is not None else "plain training"
         print(f"\nThe SavedModel of {kind}, seed {args.seed}, is in {args.export}. To load and call it:\n\n{to_call}")
+
+
+def _record(run, train, exports):
+    """What is kept of a run: made now, or before an interruption. Of one that `exports`, the SavedModel is written."""
+    done = run.folder / "done.json"
+    run.folder.mkdir(exist_ok=True)
+    if done.exists():
+        print(f"\n{run.name}, seed {run.seed}: done before, in {run.folder}")
+        return json.loads(done.read_text(encoding="utf-8"))
+    print(f"\n{run.name}, seed {run.seed}")
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(run.seed)
+    model, scores = train(run)
+    print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    record = {"name": run.name, "alpha": run.alpha, "seed": run.seed, "scores": scores, "curves": run.curves()}
+    if exports and run.args.export is not None:
+        export(model, run.args.export)
+        record["to call"] = how_to_call(model, run.args.export)
+    _write(done, record)
+    return record
 
 
 def trainable(task):

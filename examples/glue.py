@@ -26,6 +26,7 @@ tensorflow-datasets without `--data`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -120,39 +121,73 @@ def read_labels(column, task, split):
     return np.array(labels, "float32" if task.num_classes == 1 else "int32")
 
 
+# ## Tokens
+#
+# The preprocessor of the preset, or BERT's with the vocabulary of the encoder or of the training texts.
+def load_preprocessor(args, texts):
+    """A `keras_hub.models.TextClassifierPreprocessor`."""
+    if args.encoder is not None:
+        vocabulary = (args.encoder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    elif args.preset == "none":
+        vocabulary = train_vocabulary(texts)
+    else:
+        with failing(args.preset):
+            return keras_hub.models.TextClassifierPreprocessor.from_preset(args.preset, sequence_length=args.max_length)
+    # A vocabulary without capitals is one of texts in lower case.
+    lowercase = not any(word != word.lower() for word in vocabulary if not word.startswith("["))
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=lowercase)
+    return keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=args.max_length)
+
+
+@contextlib.contextmanager
+def failing(preset):
+    """Turns an error of KerasHub's about a preset into one of the command line."""
+    try:
+        yield
+    except ValueError as error:
+        experiment.fail(f"--preset {preset} cannot be used as a text classifier: {error}")
+
+
+def train_vocabulary(texts):
+    """WordPieces of the texts, in lower case."""
+    from tokenizers import BertWordPieceTokenizer
+
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    sentences = (sentence for column in texts for sentence in column)
+    trainer.train_from_iterator(sentences, vocab_size=SMALL_VOCABULARY, show_progress=False)
+    return sorted(trainer.get_vocab(), key=trainer.get_vocab().get)
+
+
+def tokenize(preprocessor, texts, labels):
+    """The classifier's inputs and its labels, as arrays."""
+    x, _ = preprocessor(texts if len(texts) > 1 else texts[0], labels)
+    return {name: keras.ops.convert_to_numpy(value) for name, value in x.items()}, labels
+
+
 # ## The model
 #
 # KerasHub's classifier for the encoder. Rates of dropout are part of a preset; here they are what `--dropout` says, in
 # the encoder and in the classifier's head.
-def load_classifier(args, texts):
-    """A `keras_hub.models.TextClassifier` with its preprocessor."""
-    options = {"num_classes": TASKS[args.task].num_classes, "dropout": args.dropout}
+def load_classifier(args, preprocessor):
+    """A `keras_hub.models.TextClassifier`."""
+    options = {"preprocessor": preprocessor, "num_classes": TASKS[args.task].num_classes, "dropout": args.dropout}
     if args.encoder is not None:
-        return bert_classifier(*load_encoder(args), args, options)
+        return keras_hub.models.BertTextClassifier(load_encoder(args), **options)
     if args.preset == "none":
-        return bert_classifier(*small_encoder(args, texts), args, options)
-    try:
+        backbone = keras_hub.models.BertBackbone(
+            preprocessor.tokenizer.vocabulary_size(),
+            **SMALL_ENCODER,
+            dropout=args.dropout,
+            max_sequence_length=args.max_length,
+        )
+        return keras_hub.models.BertTextClassifier(backbone, **options)
+    with failing(args.preset):
         backbone = keras_hub.models.Backbone.from_preset(args.preset, dropout=args.dropout)
-        preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-            args.preset, sequence_length=args.max_length
-        )
-        return keras_hub.models.TextClassifier.from_preset(
-            args.preset, backbone=backbone, preprocessor=preprocessor, **options
-        )
-    except ValueError as error:
-        experiment.fail(f"--preset {args.preset} cannot be used as a text classifier: {error}")
-
-
-def bert_classifier(backbone, vocabulary, args, options):
-    # A vocabulary without capitals is one of texts in lower case.
-    lowercase = not any(word != word.lower() for word in vocabulary if not word.startswith("["))
-    tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=lowercase)
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=args.max_length)
-    return keras_hub.models.BertTextClassifier(backbone, preprocessor=preprocessor, **options)
+        return keras_hub.models.TextClassifier.from_preset(args.preset, backbone=backbone, **options)
 
 
 def load_encoder(args):
-    """KerasHub's BERT with the weights of Hugging Face's files, and its vocabulary."""
+    """KerasHub's BERT with the weights of Hugging Face's files."""
     import safetensors.numpy
 
     backbone = keras_hub.models.BertBackbone.from_preset(str(args.encoder), dropout=args.dropout)
@@ -164,39 +199,18 @@ def load_encoder(args):
             f"--encoder {args.encoder} must have the {backbone.count_params():,} parameters of its config.json as a "
             f"BertBackbone. Received: {sum(sizes):,} in {len(sizes)} tensors"
         )
-    return backbone, (args.encoder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-
-
-def small_encoder(args, texts):
-    """A small BERT, not pretrained, and a WordPiece vocabulary of the texts."""
-    from tokenizers import BertWordPieceTokenizer
-
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    sentences = (sentence for column in texts for sentence in column)
-    trainer.train_from_iterator(sentences, vocab_size=SMALL_VOCABULARY, show_progress=False)
-    vocabulary = sorted(trainer.get_vocab(), key=trainer.get_vocab().get)
-    backbone = keras_hub.models.BertBackbone(
-        len(vocabulary), **SMALL_ENCODER, dropout=args.dropout, max_sequence_length=args.max_length
-    )
-    return backbone, vocabulary
-
-
-def tokenize(classifier, texts, labels):
-    """The classifier's inputs and its labels, as arrays."""
-    x, _ = classifier.preprocessor(texts if len(texts) > 1 else texts[0], labels)
-    return {name: keras.ops.convert_to_numpy(value) for name, value in x.items()}, labels
+    return backbone
 
 
 # ## Training
 #
 # `run.alpha` is None for plain training. Both compile and fit alike: the cross-entropy of classes, or for STS-B the
 # squared error, of which R-Drop takes its divergence.
-def train(run, data, args):
+def train(run, arrays, preprocessor, args):
     task = TASKS[args.task]
+    x, y = experiment.whole_batches(args, *arrays["train"])
     with run.scope():
-        classifier = load_classifier(args, data["train"][0])
-        arrays = {split: tokenize(classifier, *rows) for split, rows in data.items()}
-        x, y = experiment.whole_batches(args, *arrays["train"])
+        classifier = load_classifier(args, preprocessor)
         model = experiment.trainable(classifier)
         if run.alpha is not None:
             model = rdrop_keras.RDropModel(model, run.alpha)
@@ -244,8 +258,7 @@ def parse_arguments():
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a row (default: %(default)s)")
     experiment.add_flags(parser, alpha=0.5, dropout=0.1, epochs=3, batch_size=32, learning_rate=3e-5)
     args = experiment.parse(parser)
-    if args.max_length < 4:
-        parser.error(f"--max-length must be ≥ 4. Received: {args.max_length}")
+    experiment.check_least(parser, args, max_length=4)
     if args.encoder is not None:
         missing = [name for name in ENCODER_FILES if not (args.encoder / name).is_file()]
         if missing:
@@ -264,7 +277,9 @@ def main():
     data = load_data(args)
     sizes = ", ".join(f"{split} {len(labels):,}" for split, (_, labels) in data.items())
     print(f"GLUE {args.task}. Rows: {sizes}")
-    experiment.run_all(args, scope, lambda run: train(run, data, args))
+    preprocessor = load_preprocessor(args, data["train"][0])
+    arrays = {split: tokenize(preprocessor, *rows) for split, rows in data.items()}
+    experiment.run_all(args, scope, lambda run: train(run, arrays, preprocessor, args))
 
 
 if __name__ == "__main__":

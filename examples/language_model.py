@@ -401,9 +401,7 @@ def parse_arguments():
         args.block_length = BLOCK_LENGTHS[args.preset]
     is_adaptive = args.adaptive is not None or args.preset != "none"
     args.cutoffs = tuple(args.adaptive or CUTOFFS[args.preset]) if is_adaptive else ()
-    for name, least in (("vocabulary_size", len(WORDS_FIRST) + 1), ("block_length", 1), ("generate", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be ≥ {least}. Received: {getattr(args, name)}")
+    experiment.check_least(parser, args, vocabulary_size=len(WORDS_FIRST) + 1, block_length=1, generate=0)
     if args.generate and args.generate + PROMPT_WORDS > args.block_length:
         most = max(0, args.block_length - PROMPT_WORDS)
         parser.error(f"--generate must be ≤ {most}, --block-length less {PROMPT_WORDS}. Received: {args.generate}")

@@ -235,10 +235,8 @@ def parse_arguments():
         if getattr(args, name) is None:
             setattr(args, name, value)
     # At least all bytes and special tokens; and a token between those of the start and of the end.
-    leasts = {"vocabulary_size": 256 + len(SPECIAL_TOKENS), "document_length": 3, "summary_length": 4}
-    for name, least in {**leasts, "beams": 1, "score_rows": 1}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be ≥ {least}. Received: {getattr(args, name)}")
+    experiment.check_least(parser, args, vocabulary_size=256 + len(SPECIAL_TOKENS), document_length=3, summary_length=4)
+    experiment.check_least(parser, args, beams=1, score_rows=1)
     return args
 
 

@@ -338,9 +338,7 @@ def parse_arguments():
     args = experiment.parse(parser)
     if args.vocabulary_size is None:
         args.vocabulary_size = VOCABULARY_SIZES[args.preset]
-    for name, least in (("vocabulary_size", 5), ("max_length", 2), ("beams", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be ≥ {least}. Received: {getattr(args, name)}")
+    experiment.check_least(parser, args, vocabulary_size=5, max_length=2, beams=1)
     return args
 
 

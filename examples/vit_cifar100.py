@@ -334,8 +334,7 @@ def parse_arguments():
     for name in ("mixup", "rand_augment"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be > 0 and ≤ 1. Received: {getattr(args, name)}")
-    if args.image_size is not None and args.image_size < 1:
-        parser.error(f"--image-size must be ≥ 1. Received: {args.image_size}")
+    experiment.check_least(parser, args, image_size=1)
     if args.data is None and importlib.util.find_spec("tensorflow_datasets") is None:
         parser.error("without --data, tensorflow-datasets is needed: pip install tensorflow tensorflow-datasets")
     for name in ("mixup", "rand_augment"):

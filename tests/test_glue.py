@@ -154,12 +154,17 @@ def arguments(monkeypatch, *flags):
     return glue.parse_arguments()
 
 
+def load(args):
+    return glue.load_classifier(args, glue.load_preprocessor(args, None))
+
+
 def test_encoder_is_mapped_layer_by_layer(encoder, monkeypatch):
     folder, tensors = encoder
     args = arguments(monkeypatch, "--task", "stsb", "--encoder", folder, "--max-length", 12, "--dropout", 0.25)
-    classifier = glue.load_classifier(args, None)
+    preprocessor = glue.load_preprocessor(args, None)
+    classifier = glue.load_classifier(args, preprocessor)
     texts = (["a good film", "a bad a song"], ["a fine book", "poor"])
-    inputs, _ = glue.tokenize(classifier, texts, np.zeros(2))
+    inputs, _ = glue.tokenize(preprocessor, texts, np.zeros(2))
     ids = [VOCABULARY.index(word) for word in ["[CLS]", "a", "good", "film", "[SEP]", "a", "fine", "book", "[SEP]"]]
     assert list(inputs["token_ids"][0]) == [*ids, 0, 0, 0]
     assert list(inputs["segment_ids"][0][:10]) == [0] * 5 + [1] * 4 + [0]
@@ -184,7 +189,7 @@ def test_encoder_with_left_over_parameters_is_refused(encoder, monkeypatch, caps
     folder, tensors = encoder
     safetensors.numpy.save_file({**tensors, "extra.weight": np.zeros(3, "float32")}, folder / "model.safetensors")
     with pytest.raises(SystemExit):
-        glue.load_classifier(arguments(monkeypatch, "--task", "cola", "--encoder", folder), None)
+        load(arguments(monkeypatch, "--task", "cola", "--encoder", folder))
     assert "Received: 1,563 in 40 tensors" in capsys.readouterr().err
 
 
@@ -197,7 +202,7 @@ def test_a_preset_of_kerashub(tmp_path, monkeypatch):
     saved = keras_hub.models.RobertaTextClassifier(backbone, 2, preprocessor=preprocessor)
     saved.save_to_preset(tmp_path / "preset")
     flags = ("--task", "mnli", "--preset", tmp_path / "preset", "--max-length", 10, "--dropout", 0.3)
-    classifier = glue.load_classifier(arguments(monkeypatch, *flags), None)
+    classifier = load(arguments(monkeypatch, *flags))
     assert type(classifier) is keras_hub.models.RobertaTextClassifier
     assert (classifier.num_classes, classifier.preprocessor.sequence_length) == (3, 10)
     assert {layer.rate for layer in classifier._flatten_layers() if isinstance(layer, keras.layers.Dropout)} == {0.3}
@@ -276,7 +281,7 @@ def test_encoder_of_another_kind(encoder, monkeypatch, capsys):
 
 def test_unknown_preset(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        glue.load_classifier(arguments(monkeypatch, "--task", "cola", "--preset", "bert_of_nobody"), None)
+        load(arguments(monkeypatch, "--task", "cola", "--preset", "bert_of_nobody"))
     assert "--preset bert_of_nobody cannot be used as a text classifier" in capsys.readouterr().err
 
 
