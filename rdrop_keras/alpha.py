@@ -150,12 +150,13 @@ class Budgeted:
         self.variables = {"alpha": self.alpha}
 
     def current(self):
-        return ops.convert_to_tensor(self.alpha)
+        # Clipped when read: clipped when written, the mean over replicas would not be that of one device.
+        return ops.clip(ops.convert_to_tensor(self.alpha), 0.0, self.budget.maximum)
 
     def observe(self, consistency):
         excess = ops.cast(consistency, "float32") / self.budget.target - 1.0
         alpha = self.current()
-        moved = ops.clip(alpha + self.budget.step * excess, 0.0, self.budget.maximum)
+        moved = alpha + self.budget.step * excess
         # A step whose loss is not finite, as loss scaling meets them, says nothing of α.
         self.alpha.assign(ops.where(ops.isfinite(excess), moved, alpha))
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from rdrop_keras import _keras, arguments, pairing, preprocessing, random_state, stochastic
+from rdrop_keras import _keras, arguments, multi_worker, pairing, preprocessing, random_state, replicas, stochastic
 from rdrop_keras import alpha as alphas
 from rdrop_keras.graph import PairedGraph
 from rdrop_keras.objective import RDropLoss
@@ -246,7 +246,8 @@ class RDropModel(keras.Model):
         if self._plain:
             return super().train_step(*args)
         num_passes = self.num_passes if self._paired else 1
-        with pairing.training_step(num_passes), random_state.drawing_from(self._torch_seed):
+        of_replica = replicas.training_step(self.model, args[-1])
+        with pairing.training_step(num_passes), random_state.drawing_from(self._torch_seed), of_replica:
             return super().train_step(*args)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -254,6 +255,23 @@ class RDropModel(keras.Model):
         if pairing.in_training_step():
             self._alpha.end_step()
         return loss
+
+    # Private to Keras (3.14 to 3.15.1): the part that `add_loss` and regularizers have in the loss.
+    def _aggregate_additional_loss(self, loss):
+        return replicas.weigh(super()._aggregate_additional_loss(loss))
+
+    # Private to Keras's trainer for TensorFlow (3.14 to 3.15.1), like the next two; see `multi_worker.py`.
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        if iterator is not None and _keras.strategy_of(self) is not None:
+            iterator, data_batch = None, multi_worker.batch_specification(iterator)
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+    def _make_function(self, step_function):
+        return multi_worker.with_local_logs(super()._make_function(step_function), _keras.strategy_of(self))
+
+    @property
+    def distribute_strategy(self):
+        return multi_worker.strategy_of_step(super().distribute_strategy)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         num_passes = pairing.passes_in_step()

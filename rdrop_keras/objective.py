@@ -14,7 +14,7 @@ from typing import NamedTuple
 import keras
 from keras import ops, tree
 
-from rdrop_keras import _keras, divergences, pairing
+from rdrop_keras import _keras, divergences, pairing, replicas
 
 # What a paired step's outputs give to its terms; a context variable for the reason given in `pairing.py`.
 _outputs = contextvars.ContextVar("rdrop_keras_outputs")
@@ -111,7 +111,7 @@ class RDropLoss(_keras.CompileLoss):
         self._track("consistency_loss", consistency, rows)
         if "alpha" in self.trackers:
             self.trackers["alpha"].update_state(alpha)
-        self.alpha.observe(_keras.unscale_loss_for_distribution(consistency))
+        self.alpha.observe(replicas.weighed_value(_keras.unscale_loss_for_distribution(consistency)))
         return task + alpha / num_passes * consistency
 
     def terms(self, y_true, y_pred, sample_weight=None):
@@ -146,15 +146,19 @@ class _PassesLoss:
     def __call__(self, y_true, y_pred, sample_weight=None):
         num_passes = pairing.passes_in_step()
         if num_passes == 1:
-            return self.loss(y_true, y_pred, sample_weight)
+            return self._weighed(self.loss(y_true, y_pred, sample_weight))
         passes = pairing.split(y_pred, num_passes)
         if self.divergence is not None:
             term = self._reduced(self.reduction, self._divergence_of(passes), y_true, passes, sample_weight)
+            term = self._weighed(term)
             agreement = None
             if self.divergence.name != "mse":
                 agreement = functools.partial(self._agreement, y_true, passes, sample_weight)
             _outputs.get().append((term if self.loss_weight is None else self.loss_weight * term, agreement))
-        return sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
+        return self._weighed(sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes)
+
+    def _weighed(self, term):
+        return term if self.loss.reduction == "sum" else replicas.weigh(term)
 
     def _divergence_of(self, passes):
         divergence = self.divergence

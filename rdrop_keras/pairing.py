@@ -1,11 +1,14 @@
 """Several passes in one: which step is paired, and how its tensors are put together and taken apart.
 
 Passes lie one after another on axis 0: `(N, …)` becomes `(mN, …)`, all rows of the first pass, then all of the second.
+Under `keras.distribution` the passes of a row stand together instead, so that each device keeps the rows it has: devices
+hold stretches of axis 0, and would have to exchange the rows of passes that lie apart.
 """
 
 import contextlib
 import contextvars
 
+import keras
 from keras import ops, tree
 
 from rdrop_keras import _keras
@@ -54,8 +57,7 @@ def concatenate(passes):
             raise ValueError(
                 "R-Drop repeats the batch, axis 0 of every input. Received: an input of shape (), which has none."
             )
-        joined = ops.concatenate(tensors, axis=0)
-        return _keras.copy_annotations(tensors, joined, lambda attached: ops.concatenate(attached, axis=0))
+        return _keras.copy_annotations(tensors, _joined(tensors), _joined)
 
     flat = [tree.flatten(tensors) for tensors in passes]
     return tree.pack_sequence_as(passes[0], [join(list(tensors)) for tensors in zip(*flat)])
@@ -68,6 +70,9 @@ def split(tensors, num_passes):
     """
 
     def parts(tensor):
+        if _rows_together():
+            by_row = ops.reshape(tensor, (-1, num_passes, *tensor.shape[1:]))
+            return [by_row[:, i] for i in range(num_passes)]
         return ops.split(tensor, num_passes, axis=0)
 
     def annotated_parts(tensor):
@@ -80,3 +85,13 @@ def split(tensors, num_passes):
 
     flat = [annotated_parts(tensor) for tensor in tree.flatten(tensors)]
     return [tree.pack_sequence_as(tensors, [passes[i] for passes in flat]) for i in range(num_passes)]
+
+
+def _joined(tensors):
+    if _rows_together():
+        return ops.reshape(ops.stack(tensors, axis=1), (-1, *tensors[0].shape[1:]))
+    return ops.concatenate(tensors, axis=0)
+
+
+def _rows_together():
+    return keras.distribution.distribution() is not None

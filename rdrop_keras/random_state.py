@@ -57,7 +57,7 @@ def _torch_fork():
 
 def save(store, model, seed):
     """Writes to `store`, a mapping from names to arrays, the states of the generators of `model`, and of `seed`."""
-    for i, state in enumerate(_states(model)):
+    for i, state in enumerate(states(model)):
         store[f"seed_{i}"] = state
     if seed is not None:
         store["torch_seed"] = seed.state
@@ -67,21 +67,21 @@ def load(store, model, seed):
     """Puts back what `save` wrote; with a warning leaves all as it is if the model has other generators."""
     names = list(store.keys())
     saved = [name for name in names if name.startswith("seed_")]
-    states = _states(model)
-    if saved and len(saved) != len(states):
+    generators = states(model)
+    if saved and len(saved) != len(generators):
         warnings.warn(
-            f"The file holds the states of {len(saved)} random generators, and the model has {len(states)}: they were "
+            f"The file holds the states of {len(saved)} random generators, and the model has {len(generators)}: they were "
             "not restored, so that dropout masks will not continue those of the saved run. Weights are not affected.",
             stacklevel=2,
         )
         return
-    for i, state in enumerate(states if saved else ()):
+    for i, state in enumerate(generators if saved else ()):
         state.assign(store[f"seed_{i}"])
     if seed is not None and "torch_seed" in names:
         seed.state.assign(store["torch_seed"])
 
 
-def _states(model):
+def states(model):
     """The variables of the model's `SeedGenerator`s: what `variables` has over `weights`."""
     weights = {id(variable) for variable in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]

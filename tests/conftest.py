@@ -9,7 +9,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
     # The tests spend most of their time in the compiler: machine code that is not optimized halves it.
-    flags = ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0")
+    flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 import keras

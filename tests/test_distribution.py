@@ -1,6 +1,9 @@
 """n replicas give the numbers of one; on logical devices of one CPU."""
 
 import contextlib
+import functools
+import math
+import re
 
 import keras
 import numpy as np
@@ -8,46 +11,74 @@ import pytest
 from keras import layers, losses, ops
 
 from models import mlp, to_numpy
-from rdrop_keras import KLBudget, RDropModel
-from rdrop_keras.pairing import passes_in_step
+from rdrop_keras import KLBudget, RDropModel, pairing, random_state
 
-X = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
+# The last of the batches of 8 has 5 rows: 3 and 2 on two replicas; 2, 2, 1 and none on four.
+X = np.random.RandomState(0).normal(size=(21, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
-W = np.random.RandomState(1).uniform(0, 2, size=16).astype("float32")
+W = np.random.RandomState(1).uniform(0, 2, size=21).astype("float32")
+# Of the 6 tokens of each row 4 are not padding, so that Keras's mean over the tokens of a replica is one over rows.
+TOKENS = np.random.RandomState(2).randint(1, 9, size=(21, 6))
+TOKENS[np.arange(21)[:, None], np.random.RandomState(3).rand(21, 6).argsort()[:, :2]] = 0
 
 
 class NoiseOfTheRow(layers.Layer):
     """Scales rows by what depends on the row and on its pass alone, however the batch is dealt to replicas."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
     def call(self, inputs, training=None):
         if not training:
             return inputs
-        rows = ops.shape(inputs)[0]
-        index = ops.cast(ops.arange(rows) // (rows // passes_in_step()), inputs.dtype)[:, None]
-        return inputs * (1 + 0.5 * index * ops.cos(7 * inputs))
+        passes = pairing.split(inputs, pairing.passes_in_step())
+        return pairing.concatenate([x * (1 + 0.5 * i * ops.cos(7 * x)) for i, x in enumerate(passes)])
 
 
-def model(reduction="sum_over_batch_size", alpha=4.0, **options):
-    keras.utils.set_random_seed(2)
-    x = keras.Input((4,))
-    h = NoiseOfTheRow()(layers.Dense(8, activation="tanh", name="hidden")(x))
-    outputs = layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))(h)
-    model = RDropModel(keras.Model(x, outputs), alpha, **options)
+class DropoutOfTheRow(layers.Dropout):
+    """Dropout whose mask depends on the row and the rate alone."""
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        kept = ops.cast(ops.cos(50 * inputs) > 2 * self.rate - 1, inputs.dtype)
+        return inputs * kept / (1 - self.rate)
+
+
+def compiled(model, alpha=4.0, reduction="sum_over_batch_size", **options):
+    model = RDropModel(model, alpha, **options)
     loss = losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
     return model
 
 
-def steps(model, weighted):
+def model(reduction="sum_over_batch_size", noise=NoiseOfTheRow, **options):
+    keras.utils.set_random_seed(2)
+    x = keras.Input((4,))
+    h = noise()(layers.Dense(8, activation="tanh", name="hidden")(x))
+    outputs = layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))(h)
+    return compiled(keras.Model(x, outputs), reduction=reduction, **options)
+
+
+def masked_model():
+    keras.utils.set_random_seed(2)
+    tokens = keras.Input((6,), dtype="int32")
+    h = NoiseOfTheRow()(layers.Embedding(9, 8, mask_zero=True)(tokens))
+    return compiled(keras.Model(tokens, layers.Dense(9)(h)))
+
+
+def steps(model, weighted=False, x=X, y=Y, weights=W, batch_size=8, callbacks=None):
     history = model.fit(
-        X,
-        Y,
-        sample_weight=W if weighted else None,
-        batch_size=8,
-        epochs=3,
+        x,
+        y,
+        sample_weight=weights[: len(x)] if weighted else None,
+        batch_size=batch_size,
+        epochs=2,
         shuffle=False,
         verbose=0,
-        validation_data=(X, Y),
+        validation_data=(x, y),
+        callbacks=callbacks,
     ).history
     return history, [to_numpy(w) for w in model.weights]
 
@@ -78,10 +109,9 @@ def test_mirrored_strategy(replicas, reduction, weighted):
     history, weights = steps(distributed, weighted)
     expected, expected_weights = steps(model(reduction), weighted)
     if reduction == "sum":
-        # Keras logs the mean over replicas of n times each replica's sum, plus a regularizer counted n times over
-        # (the same for a plain model): only what it trains on is compared.
-        history = {k: v for k, v in history.items() if k in ("accuracy", "task_loss", "consistency_loss")}
-        expected = {k: v for k, v in expected.items() if k in history}
+        # Keras logs n times the mean of each replica's sum over its rows, plus a regularizer counted n times over (the
+        # same for a plain model): only what it trains on is compared.
+        history, expected = ({"accuracy": logs["accuracy"]} for logs in (history, expected))
     assert_same((history, weights), (expected, expected_weights))
 
 
@@ -92,16 +122,80 @@ OPTIONS = [
     {"share": "nothing"},
     {"alpha": keras.optimizers.schedules.PolynomialDecay(0.0, 6, 5.0)},
     {"alpha": KLBudget(0.01, step=0.5)},
+    {"alpha": KLBudget(0.03, step=20.0, maximum=30.0)},  # α meets both of its bounds.
+    {"dropout_rates": (0.1, 0.5), "noise": functools.partial(DropoutOfTheRow, 0.2)},
 ]
-OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "budget"]
+OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "budget", "bounds", "dropout_rates"]
 
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_mirrored_options(options):
-    with mirrored(2).scope():
-        distributed = model(**options)
-    assert_same(steps(distributed, True), steps(model(**options), True))
+    expected = steps(model(**options), True)
+    for replicas in (2, 4):
+        with mirrored(replicas).scope():
+            distributed = model(**options)
+        assert_same(steps(distributed, True), expected)
+
+
+@pytest.mark.backends("tensorflow")
+def test_mirrored_masks():
+    expected = steps(masked_model(), x=TOKENS, y=TOKENS)
+    for replicas in (2, 4):
+        with mirrored(replicas).scope():
+            distributed = masked_model()
+        assert_same(steps(distributed, x=TOKENS, y=TOKENS), expected)
+
+
+def dropout_only(seed=3):
+    """Its outputs show its masks: of an input of ones, 0 where dropped and 2 where kept."""
+    x = keras.Input((50,))
+    return keras.Model(x, layers.Dropout(0.5, seed=seed)(layers.Dense(50, kernel_initializer="identity")(x)))
+
+
+class Recording(losses.Loss):
+    """Mean squared error; keeps the outputs of all replicas and steps it was called on."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def call(self, y_true, y_pred):
+        import tensorflow as tf
+
+        def keep(replica, outputs):
+            self.seen.append((int(replica), outputs))
+
+        context = tf.distribute.get_replica_context()
+        if context is not None:  # Keras's symbolic build is in none.
+            tf.numpy_function(keep, [context.replica_id_in_sync_group, y_pred], [])
+        return ops.mean((y_true - y_pred) ** 2, axis=-1)
+
+
+@pytest.mark.backends("tensorflow")
+def test_mirrored_replicas_draw_masks_of_their_own():
+    ones = np.ones((16, 50), "float32")
+    seen = []
+    with mirrored(4).scope():
+        distributed = RDropModel(dropout_only(), alpha=1.0, divergence="mse")
+        distributed.compile(keras.optimizers.SGD(0.0), Recording(seen))
+    history = distributed.fit(ones, ones, batch_size=8, epochs=2, verbose=0).history
+    seen.sort(key=lambda replica_and_outputs: replica_and_outputs[0])
+    masks = np.concatenate([outputs for _, outputs in seen])
+    assert len(seen) == 4 * 4 * 2 and {replica for replica, _ in seen} == {0, 1, 2, 3}
+    # 64 rows, no two the same; half of all dropped, 3200 draws of standard deviation 0.009.
+    assert len(np.unique(masks, axis=0)) == len(masks) == 64
+    assert np.mean(masks == 0) == pytest.approx(0.5, abs=0.04)
+    # Masks of two replicas agree as often as by chance.
+    by_replica = masks.reshape(4, -1) == 0
+    for i in range(4):
+        for j in range(i):
+            assert np.mean(by_replica[i] == by_replica[j]) == pytest.approx(0.5, abs=0.06)
+    # E (2b − 2b')² = 2 for independent fair b and b'.
+    assert np.mean(history["consistency_loss"]) == pytest.approx(2.0, abs=0.15)
+    # After a step the generators are those of one device: as many draws, and the seed of the layer.
+    (state,) = random_state.states(distributed.model)
+    assert [list(map(int, part.numpy())) for part in state.value.values] == [[3, 4]] * 4
 
 
 @pytest.mark.backends("tensorflow")
@@ -166,43 +260,190 @@ def test_scopes_must_agree(inside):
         RDropModel(inner)
 
 
-@pytest.mark.backends("jax")
-@pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
-def test_data_parallel(devices, reduction):
-    expected = steps(model(reduction), weighted=True)
-    keras.distribution.set_distribution(
-        keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:devices])
-    )
+@contextlib.contextmanager
+def distributed_by(distribution):
+    keras.distribution.set_distribution(distribution)
     try:
-        distributed = model(reduction)
-        assert len(distributed.weights[0].value.sharding.device_set) == devices
-        history = steps(distributed, weighted=True)
+        yield
     finally:
         keras.distribution.set_distribution(None)
-    assert_same(history, expected)
+
+
+def data_parallel(devices):
+    return distributed_by(keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:devices]))
+
+
+def whole_batches(model):
+    """Steps on batches of 8 only: Keras's JAX trainer shards no others."""
+    return steps(model, True, X[:16], Y[:16])
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_data_parallel(devices, reduction):
+    expected = whole_batches(model(reduction))
+    with data_parallel(devices):
+        distributed = model(reduction)
+        assert len(distributed.weights[0].value.sharding.device_set) == devices
+        assert_same(whole_batches(distributed), expected)
 
 
 @pytest.mark.backends("jax")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_data_parallel_options(options):
-    expected = steps(model(**options), True)
-    keras.distribution.set_distribution(keras.distribution.DataParallel())
-    try:
-        history = steps(model(**options), True)
-    finally:
-        keras.distribution.set_distribution(None)
-    assert_same(history, expected)
+    expected = whole_batches(model(**options))
+    with data_parallel(8):
+        assert_same(whole_batches(model(**options)), expected)
+
+
+@pytest.mark.backends("jax")
+def test_data_parallel_masks():
+    """One program over the whole batch: its mean over tokens is that of one device, however they are dealt."""
+    tokens = TOKENS[:16].copy()
+    tokens[3:6, 1:] = 0
+    expected = steps(masked_model(), x=tokens, y=tokens)
+    with data_parallel(4):
+        assert_same(steps(masked_model(), x=tokens, y=tokens), expected)
 
 
 @pytest.mark.backends("jax")
 def test_data_parallel_dropout():
-    keras.distribution.set_distribution(keras.distribution.DataParallel())
-    try:
+    with data_parallel(4):
         distributed = RDropModel(mlp(), alpha=2.0)
         distributed.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True))
-        history = distributed.fit(X, Y, batch_size=8, epochs=4, verbose=0, validation_data=(X, Y)).history
-    finally:
-        keras.distribution.set_distribution(None)
+        data = X[:16], Y[:16]
+        history = distributed.fit(*data, batch_size=8, epochs=4, verbose=0, validation_data=data).history
     assert all(value > 0 for value in history["consistency_loss"])
     assert history["val_loss"][-1] < history["val_loss"][0]
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2), (1, 8), (2, 4)])
+@pytest.mark.parametrize("options", [{}, {"share": "nothing"}, {"num_passes": 3}], ids=["m=2", "share nothing", "m=3"])
+def test_model_parallel(shape, options):
+    expected = whole_batches(model(**options))
+    mesh = keras.distribution.DeviceMesh(
+        shape, ("batch", "model"), keras.distribution.list_devices()[: shape[0] * shape[1]]
+    )
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["hidden/kernel"] = (None, "model")
+    layouts["hidden/bias"] = ("model",)
+    with distributed_by(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")):
+        distributed = model(**options)
+        kernel = next(weight for weight in distributed.weights if weight.path == "hidden/kernel")
+        assert kernel.value.addressable_shards[0].data.shape == (4, 8 // shape[1])
+        assert_same(whole_batches(distributed), expected)
+
+
+class Asked(keras.distribution.LayoutMap):
+    """Keeps what it was asked for."""
+
+    def __init__(self, mesh):
+        super().__init__(mesh)
+        self.paths = set()
+
+    def __getitem__(self, path):
+        self.paths.add(path)
+        return super().__getitem__(path)
+
+
+@pytest.mark.backends("jax")
+def test_layouts_of_outputs_apply_to_the_paired_graph():
+    mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), keras.distribution.list_devices()[:4])
+    asked = {}
+    for alpha in (0.0, 1.0):
+        layouts = Asked(mesh)
+        layouts["hidden/output"] = ("batch", "model")
+        with distributed_by(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")):
+            inner_x = keras.Input((8,))
+            h = layers.Dense(8, name="hidden")(layers.Dropout(0.2, name="drop")(inner_x))
+            inner = keras.Model(inner_x, layers.Dense(8, name="next")(h), name="inner")
+            x = keras.Input((4,))
+            outer = keras.Model(x, layers.Dense(3, name="head")(inner(layers.Dense(8, name="first")(x))), name="outer")
+            wrapped = compiled(outer, alpha)
+            wrapped.fit(X[:8], Y[:8], batch_size=8, verbose=0)
+            layouts.paths.clear()
+            wrapped.make_train_function(force=True)
+            wrapped.fit(X[:8], Y[:8], batch_size=8, verbose=0)  # Traces the step alone: all else is built.
+        asked[alpha] = {path for path in layouts.paths if path.endswith("/output")} - {f"{wrapped.name}/output"}
+    assert {"first/output", "drop/output", "hidden/output", "next/output", "head/output"} <= asked[0.0]
+    # The passes go through a nested Functional model layer by layer: its output is that of its last.
+    assert asked[0.0] - asked[1.0] == {"inner/output"} and asked[1.0] <= asked[0.0]
+
+
+SIZES = {"f32": 4, "s32": 4, "u32": 4, "s64": 8, "pred": 1, "bf16": 2}
+
+
+def collectives(model, x, y):
+    """`{kind: bytes}` that the devices exchange in a step, from the compiled program."""
+    import jax
+    from keras.src.backend.jax.trainer import _distribute_data
+
+    model.train_on_batch(x, y)
+    state = model._get_jax_state(
+        trainable_variables=True, non_trainable_variables=True, optimizer_variables=True, metrics_variables=True
+    )
+    step = jax.jit(model.train_step, out_shardings=(None, model._get_state_sharding_spec()))
+    program = step.lower(state, _distribute_data((x, y, None))).compile().as_text()
+    exchanged = {}
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast|send|recv"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program):
+        sizes = [
+            SIZES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        ]
+        exchanged[kind] = exchanged.get(kind, 0) + sum(sizes)
+    return exchanged
+
+
+def attention():
+    keras.utils.set_random_seed(2)
+    x = keras.Input((4,))
+    h = layers.Reshape((6, 8))(layers.Dense(48)(x))
+    h = layers.Dropout(0.1)(layers.MultiHeadAttention(2, 4, dropout=0.1)(h, h)) + h
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(layers.LayerNormalization()(h))))
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("options", [{}, {"share": "nothing"}, {"num_passes": 4}], ids=str)
+def test_data_parallel_adds_no_communication(options):
+    x, y = np.tile(X[:8], (2, 1)), np.tile(Y[:8], 2)
+    with data_parallel(4):
+        plain = collectives(compiled(attention(), alpha=0.0), x, y)
+        paired = collectives(compiled(attention(), **options), x, y)
+    assert plain["all-reduce"] > 4 * attention().count_params()  # Gradients, and logs.
+    # Plain training's, and the float32 scalars that make up `task_loss` and `consistency_loss`, at most two for a pass.
+    scalars = paired.pop("all-reduce") - plain.pop("all-reduce")
+    assert paired == plain == {}
+    assert 8 <= scalars <= 2 * 4 * options.get("num_passes", 2)
+
+
+def mirrored_reductions(alpha, **options):
+    """Bytes of every reduction over replicas in a step, as the strategy traces them."""
+    import tensorflow as tf
+
+    traced = []
+
+    class Recording(tf.distribute.ReductionToOneDevice):
+        def reduce_implementation(self, reduce_op, value, *args, **kwargs):
+            traced.append(value.values[0])
+            return super().reduce_implementation(reduce_op, value, *args, **kwargs)
+
+        def batch_reduce_implementation(self, reduce_op, values, *args, **kwargs):
+            traced.extend(value.values[0] for value, _ in values)
+            return super().batch_reduce_implementation(reduce_op, values, *args, **kwargs)
+
+    devices = [f"CPU:{i}" for i in range(2)]
+    with tf.distribute.MirroredStrategy(devices, cross_device_ops=Recording()).scope():
+        distributed = compiled(attention(), alpha, **options)
+    distributed.fit(X, Y, batch_size=8, verbose=0, epochs=1)
+    return sum(tensor.dtype.size * math.prod(tensor.shape) for tensor in traced if tf.is_symbolic_tensor(tensor))
+
+
+@pytest.mark.backends("tensorflow")
+def test_mirrored_strategy_adds_no_communication():
+    plain = mirrored_reductions(0.0)
+    assert plain >= 4 * attention().count_params()
+    for options in ({}, {"share": "nothing"}, {"num_passes": 3}, {"dropout_rates": (0.1, 0.3)}):
+        assert mirrored_reductions(1.0, **options) == plain

@@ -1,0 +1,93 @@
+"""What a training step on several replicas of `tf.distribute` does beyond Keras's.
+
+Keras 3.14 to 3.15 mirrors the states of random generators, so that all replicas draw the same dropout masks, and gives
+the mean over a replica's rows the same weight on each replica, also where the last batch of an epoch is dealt unevenly.
+Here replicas draw masks of their own, and every row of the batch counts alike, as on one device. Neither communicates.
+With `keras.distribution` on JAX there is one program over the whole batch, and nothing to do.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+from keras import ops, tree
+
+from rdrop_keras import random_state
+
+# Added to the seeds of the r-th replica r times. Large, so that they are not the seeds of other layers.
+_SEED_STRIDE = 1_640_531_527
+
+# The replica's rows, as a multiple of the mean over replicas; None where all have the same. A context variable for the
+# reason given in `pairing.py`.
+_share = contextvars.ContextVar("rdrop_keras_share_of_rows", default=None)
+
+
+@contextlib.contextmanager
+def training_step(model, data):
+    """A step of `model` on `data`, this replica's part of the batch; on one device, or another backend, nothing."""
+    context = _replica_context()
+    if context is None:
+        yield
+        return
+    token = _share.set(_share_of_rows(context, data))
+    try:
+        with _own_masks(model, context):
+            yield
+    finally:
+        _share.reset(token)
+
+
+def weigh(loss):
+    """`loss`, a mean over this replica's rows, with the gradient that it has as a part of the mean over all rows.
+
+    Its value stays: Keras weighs by rows what it logs.
+    """
+    share = _share.get()
+    if share is None:
+        return loss
+    share = ops.cast(share, loss.dtype)
+    return share * loss + ops.stop_gradient((1 - share) * loss)
+
+
+def weighed_value(value):
+    """`value`, a mean over this replica's rows, times what makes the mean over replicas that over all rows."""
+    share = _share.get()
+    return value if share is None else ops.cast(share, value.dtype) * value
+
+
+def _replica_context():
+    """TensorFlow's context of one replica among several, or None."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return context if context is not None and context.num_replicas_in_sync > 1 else None
+
+
+def _share_of_rows(context, data):
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    tensor = next(leaf for leaf in tree.flatten(x) if leaf is not None)
+    if tensor.shape[0] is not None:
+        return None  # Known when traced: all batches are whole, and dealt evenly.
+    import tensorflow as tf
+
+    def total(strategy, rows):
+        # Of the replicas of this process: those of others could be asked only by communication.
+        local = strategy.experimental_local_results(rows)
+        return tf.add_n(local) / len(local)
+
+    rows = tf.cast(tf.shape(tensor)[0], "float32")
+    return rows / context.merge_call(total, args=(rows,))
+
+
+@contextlib.contextmanager
+def _own_masks(model, context):
+    """Within it the random generators of `model` are those of the replica; after it they are the same on all again."""
+    states = random_state.states(model)
+    shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
+    for state, shift in zip(states, shifts):
+        state.assign_add([shift, ops.zeros_like(shift)])
+    yield
+    for state, shift in zip(states, shifts):
+        state.assign_sub([shift, ops.zeros_like(shift)])

@@ -1,0 +1,69 @@
+"""Several processes train as one does: `MultiWorkerMirroredStrategy`, and `keras.distribution` on JAX."""
+
+import keras
+import numpy as np
+import pytest
+
+import test_distribution as tests
+from cluster import Cluster
+
+pytestmark = pytest.mark.slow
+
+
+def assert_same(result, expected):
+    tests.assert_same((result["history"], [np.array(w, "float32") for w in result["weights"]]), expected)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize(
+    "workers, replicas, options",
+    [(2, 1, {}), (3, 1, {"every": 2}), (2, 2, {"budget": {"target": 0.01, "step": 0.5}})],
+    ids=["2 workers", "3 workers, every", "2 workers of 2 replicas, budget"],
+)
+def test_multi_worker(workers, replicas, options, tmp_path):
+    rows, size = (18, 6) if workers == 3 else (16, 8)
+    with Cluster(
+        "tensorflow", workers, "train", tmp_path, replicas=replicas, model=options, rows=rows, batch_size=size
+    ) as cluster:
+        results = cluster.results()
+    options = {"alpha": tests.KLBudget(**options["budget"])} if "budget" in options else options
+    model = tests.model(**options)
+    best = keras.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True)
+    x, y = tests.X[:rows], tests.Y[:rows]
+    expected = tests.steps(model, True, x, y, batch_size=size, callbacks=[best])
+    for result in results:
+        assert_same(result, expected)
+        assert result["evaluation"] == pytest.approx(model.evaluate(x, y, verbose=0, return_dict=True), rel=1e-5)
+        np.testing.assert_allclose(result["predictions"], model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+        assert result["weights"] == results[0]["weights"]
+    # What the chief wrote is a checkpoint like any other.
+    custom = {"NoiseOfTheRow": tests.NoiseOfTheRow}
+    reloaded = keras.models.load_model(tmp_path / "chief.keras", custom_objects=custom)
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert reloaded.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.backends("tensorflow")
+def test_multi_worker_with_an_uneven_last_batch(tmp_path):
+    """The mean over each process's rows counts alike, as Keras's does; all processes agree."""
+    with Cluster("tensorflow", 2, "train", tmp_path, rows=21, batch_size=8) as cluster:
+        first, second = cluster.results()
+    assert first == second
+    (expected, _) = tests.steps(tests.model(), True)
+    assert first["history"]["loss"][0] == pytest.approx(expected["loss"][0], rel=1e-5)
+    assert first["history"]["val_loss"] == pytest.approx(expected["val_loss"], rel=2e-2)
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize(
+    "processes, devices, model_parallel", [(2, 1, False), (2, 2, True)], ids=["data parallel", "model parallel"]
+)
+def test_processes_of_jax(processes, devices, model_parallel, tmp_path):
+    with Cluster(
+        "jax", processes, "train_with_jax", tmp_path, replicas=devices, model_parallel=model_parallel
+    ) as cluster:
+        results = cluster.results()
+    expected = tests.whole_batches(tests.model())
+    for result in results:
+        assert result["devices"] == processes * devices
+        assert_same(result, expected)
