@@ -10,7 +10,17 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from rdrop_keras import _keras, arguments, multi_worker, pairing, preprocessing, random_state, replicas, stochastic
+from rdrop_keras import (
+    _keras,
+    arguments,
+    checkpoints,
+    multi_worker,
+    pairing,
+    preprocessing,
+    random_state,
+    replicas,
+    stochastic,
+)
 from rdrop_keras import alpha as alphas
 from rdrop_keras.graph import PairedGraph
 from rdrop_keras.objective import RDropLoss
@@ -266,8 +276,8 @@ class RDropModel(keras.Model):
             iterator, data_batch = None, multi_worker.batch_specification(iterator)
         super()._maybe_symbolic_build(iterator, data_batch)
 
-    def _make_function(self, step_function):
-        return multi_worker.with_local_logs(super()._make_function(step_function), _keras.strategy_of(self))
+    def _make_function(self, step_function, **kwargs):
+        return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
 
     @property
     def distribute_strategy(self):
@@ -307,6 +317,19 @@ class RDropModel(keras.Model):
     def export(self, filepath, *args, **kwargs):
         """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
         return self.model.export(filepath, *args, **kwargs)
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """Saves as `keras.Model.save`, whose arguments it takes; an existing file is replaced when the new is whole."""
+        if zipped is False:
+            super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+            return
+        with checkpoints.replacing(filepath, ".keras", overwrite, self._saved_variables()) as path:
+            super().save(path, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        """Saves as `keras.Model.save_weights`, whose arguments it takes, and replaces as `save` does."""
+        with checkpoints.replacing(filepath, ".weights.h5", overwrite, self._saved_variables()) as path:
+            super().save_weights(path, overwrite=overwrite, max_shard_size=max_shard_size)
 
     def save_own_variables(self, store):
         random_state.save(store, self.model, self._torch_seed)
@@ -348,6 +371,10 @@ class RDropModel(keras.Model):
         self._graph = PairedGraph(self.model, self.share)
         if self.dropout_rates is not None:
             self._rates = (stochastic.DropoutRates(self.model), self.dropout_rates)
+
+    def _saved_variables(self):
+        optimizer = getattr(self, "optimizer", None)
+        return self.variables + (optimizer.variables if optimizer is not None else [])
 
     @contextlib.contextmanager
     def _reporting(self, evaluation):

@@ -1,8 +1,8 @@
 """Several passes in one: which step is paired, and how its tensors are put together and taken apart.
 
 Passes lie one after another on axis 0: `(N, …)` becomes `(mN, …)`, all rows of the first pass, then all of the second.
-Under `keras.distribution` the passes of a row stand together instead, so that each device keeps the rows it has: devices
-hold stretches of axis 0, and would have to exchange the rows of passes that lie apart.
+Under `keras.distribution` the passes of a row stand together instead, so that each device keeps the rows it has: it
+holds a stretch of axis 0, and devices would have to exchange the rows of passes that lie apart.
 """
 
 import contextlib

@@ -68,9 +68,11 @@ def _replica_context():
 def _share_of_rows(context, data):
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     tensor = next(leaf for leaf in tree.flatten(x) if leaf is not None)
-    if tensor.shape[0] is not None:
-        return None  # Known when traced: all batches are whole, and dealt evenly.
     import tensorflow as tf
+
+    # Of known size all batches are whole, and dealt evenly; a TPU takes no others.
+    if tensor.shape[0] is not None or isinstance(context.strategy, tf.distribute.TPUStrategy):
+        return None
 
     def total(strategy, rows):
         # Of the replicas of this process: those of others could be asked only by communication.

@@ -1,10 +1,16 @@
 """What one process of a `cluster.Cluster` does: `python worker.py TASK JSON`. Tasks return what can be JSON."""
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
 import sys
 
 import keras
+
+from models import mlp
+from rdrop_keras import RDropModel
 
 
 def strategy(replicas=1, timeout=None):
@@ -49,6 +55,7 @@ def train_with_jax(options):
     addresses, index = options["addresses"], options["index"]
     keras.distribution.initialize(",".join(addresses), len(addresses), index)
     import numpy as np
+
     import test_distribution as tests
 
     devices = keras.distribution.list_devices()
@@ -68,6 +75,95 @@ def train_with_jax(options):
     rows = np.arange(16).reshape(2, len(addresses), -1)[:, index].ravel()
     history, weights = tests.steps(model, True, tests.X[rows], tests.Y[rows], tests.W[rows], 8 // len(addresses))
     return {"history": history, "weights": [w.tolist() for w in weights], "devices": len(devices)}
+
+
+class Backup(keras.callbacks.BackupAndRestore):
+    """Every worker goes on from the chief's files, which no other writes."""
+
+    def __init__(self, folder, is_chief):
+        super().__init__(folder, double_checkpoint=True, delete_checkpoint=False)
+        if not is_chief:
+            self._save_model = lambda: None
+
+
+class Fault(keras.callbacks.Callback):
+    """Sends this process a signal in the middle of an epoch."""
+
+    def __init__(self, epoch, signal):
+        super().__init__()
+        self.epoch, self.signal = epoch, signal
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch == self.epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.now and batch == 1:
+            os.kill(os.getpid(), self.signal)
+
+
+def kill_in_save(number):
+    """Kills this process in the middle of the `number`-th file of weights."""
+    from keras.src.saving import saving_lib
+
+    saves, write = [], saving_lib._save_state
+
+    def save_state(trackable, *args, **kwargs):
+        if isinstance(trackable, RDropModel):
+            saves.append(trackable)
+        if len(saves) == number and isinstance(trackable, keras.optimizers.Optimizer):
+            os.kill(os.getpid(), signal.SIGKILL)  # The model is written, its optimizer not.
+        return write(trackable, *args, **kwargs)
+
+    saving_lib._save_state = save_state
+
+
+def resume(options):
+    """Trains with all that has state, from the backup in the folder if there is one; perhaps a fault is planned."""
+    scope = contextlib.nullcontext()
+    if len(options["addresses"]) > 1:
+        scope = strategy(timeout=options.get("timeout")).scope()
+    import test_distribution as tests
+
+    keras.utils.set_random_seed(2)
+    with scope:
+        model = RDropModel(mlp(rate=0.3), tests.KLBudget(0.01, step=0.5), every=2)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    folder = pathlib.Path(options["folder"])
+    callbacks = [Backup(folder / "backup", options["index"] == 0)]
+    fault = options.get("fault")
+    if fault and fault["index"] == options["index"]:
+        if "save" in fault:
+            kill_in_save(fault["save"])
+        else:
+            callbacks.append(Fault(fault["epoch"], getattr(signal, fault["signal"])))
+    history = model.fit(
+        tests.X[:20], tests.Y[:20], batch_size=4, epochs=5, shuffle=False, verbose=0, callbacks=callbacks
+    )
+    return {
+        "epochs": history.epoch,
+        "history": history.history,
+        "weights": [tests.to_numpy(variable).tolist() for variable in (*model.variables, *model.optimizer.variables)],
+    }
+
+
+def train_until_alone(options):
+    """Trains without end with `keras.distribution` on JAX, which is to notice within `timeout` that another is gone."""
+    import jax
+
+    jax.distributed.initialize(
+        options["addresses"][0],
+        len(options["addresses"]),
+        options["index"],
+        heartbeat_timeout_seconds=options["timeout"],
+    )
+    import test_distribution as tests
+
+    keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+    callbacks = []
+    if options["index"] == 1:
+        callbacks.append(Fault(3, getattr(signal, options["signal"])))
+    tests.model().fit(tests.X[:8], tests.Y[:8], batch_size=4, epochs=100_000, verbose=0, callbacks=callbacks)
 
 
 if __name__ == "__main__":
