@@ -13,6 +13,7 @@ where `train(run)` builds, compiles and fits a model with `run.alpha`, `run.jit_
 import contextlib
 import csv
 import dataclasses
+import faulthandler
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ import sys
 import tempfile
 
 import keras
+import numpy as np
 
 import rdrop_keras
 
@@ -31,7 +33,7 @@ STRATEGIES = ("mirrored", "multiworker", "none", "tpu")
 JIT = {"auto": "auto", "off": False, "on": True}
 MIXED_PRECISION = ("mixed_bfloat16", "mixed_float16")
 # Flags that say how a run is shown or where it is kept, not what it computes: they may change when it resumes.
-NOT_OF_THE_RUN = ("backup_dir", "out", "results", "seeds", "tensorboard")
+NOT_OF_THE_RUN = ("backup_dir", "out", "results", "seeds", "tensorboard", "timeout")
 
 
 # ## The command line
@@ -60,6 +62,13 @@ def add_flags(parser, *, alpha, dropout, epochs, batch_size, learning_rate):
         default="none",
         help="tf.distribute strategy, on TensorFlow; on JAX all devices are used (default: %(default)s)",
     )
+    training.add_argument(
+        "--timeout",
+        type=int,
+        metavar="SECONDS",
+        default=600,
+        help="of multiworker: how long to wait for a worker before ending with an error (default: %(default)s)",
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--backup-dir", type=pathlib.Path, metavar="DIR", help="resume from here after an interruption")
     files.add_argument("--tensorboard", type=pathlib.Path, metavar="DIR", help="write logs for TensorBoard")
@@ -81,7 +90,7 @@ def parse(parser):
         parser.error("--dropout must be > 0: R-Drop compares passes with different dropout. Or give --plain")
     if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
         parser.error(f"--learning-rate must be a finite number > 0. Received: {args.learning_rate}")
-    check_least(parser, args, batch_size=1, epochs=1, seeds=1, train_rows=1)
+    check_least(parser, args, batch_size=1, epochs=1, seeds=1, timeout=1, train_rows=1)
     for name in ("backup_dir", "export", "tensorboard"):
         path = getattr(args, name)
         if path is not None and path.exists() and not path.is_dir():
@@ -106,9 +115,26 @@ def parse(parser):
             parser.error(f"--{name} needs TensorFlow: pip install tensorflow")
     if args.export is not None and backend == "torch":
         parser.error("--export writes a SavedModel, which Keras cannot from PyTorch: use TensorFlow or JAX")
+    num_workers, is_chief = _worker(args)
+    if num_workers > 1 and (args.plain or args.compare):
+        parser.error(
+            "--plain and --compare are for one process: Keras 3.15 does not train a plain model on several workers. "
+            "--alpha 0 is plain training that does"
+        )
     if args.backup_dir is not None:
-        _check_backup(parser, args)
+        _check_backup(parser, args, is_chief)
+    args.num_workers, args.is_chief = num_workers, is_chief
+    if not is_chief:
+        args.export = args.results = args.tensorboard = None
     return args
+
+
+def _worker(args):
+    """The number of workers, and whether this process is the first: it writes what all of them compute."""
+    configuration = json.loads(os.environ.get("TF_CONFIG") or "{}") if args.strategy == "multiworker" else {}
+    cluster, task = configuration.get("cluster", {}), configuration.get("task", {})
+    first = "chief" if "chief" in cluster else "worker"
+    return sum(map(len, cluster.values())) or 1, not task or (task["type"], int(task["index"])) == (first, 0)
 
 
 def check_least(parser, args, **leasts):
@@ -119,7 +145,7 @@ def check_least(parser, args, **leasts):
             parser.error(f"--{name.replace('_', '-')} must be ≥ {least}. Received: {value}")
 
 
-def _check_backup(parser, args):
+def _check_backup(parser, args, is_chief):
     """A folder of another command's runs is refused: resuming them would mix the two."""
     path = args.backup_dir / "arguments.json"
     ours = {name: str(value) for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
@@ -132,8 +158,9 @@ def _check_backup(parser, args):
                 f"--backup-dir {args.backup_dir} holds runs with --{name.replace('_', '-')} {theirs.get(name)}. "
                 f"Received: {ours.get(name)}. Give the same flags to resume, or another folder"
             )
-    args.backup_dir.mkdir(parents=True, exist_ok=True)
-    _write(path, ours)
+    if is_chief:
+        args.backup_dir.mkdir(parents=True, exist_ok=True)
+        _write(path, ours)
 
 
 # ## Devices
@@ -154,12 +181,21 @@ def prepare(args):
         if args.strategy == "mirrored":
             strategy = tf.distribute.MirroredStrategy()
         elif args.strategy == "multiworker":
-            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            # Ends this process if the workers have not found each other by then, which they else wait for without end.
+            faulthandler.dump_traceback_later(args.timeout, exit=True)
+            options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=args.timeout)
+            strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+            faulthandler.cancel_dump_traceback_later()
         else:
-            strategy = tf.distribute.TPUStrategy(tf.distribute.cluster_resolver.TPUClusterResolver.connect())
+            try:
+                resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
+            except (ValueError, tf.errors.OpError) as error:
+                fail(f"--strategy tpu found no TPU: {error}")
+            strategy = tf.distribute.TPUStrategy(resolver)
         num_devices, scope = strategy.num_replicas_in_sync, strategy.scope
     if args.batch_size % num_devices:
         fail(f"--batch-size must be a multiple of the {num_devices} devices. Received: {args.batch_size}")
+    args.num_devices = num_devices
     return scope
 
 
@@ -170,7 +206,8 @@ class Run:
 
     alpha: float | None
     seed: int
-    folder: pathlib.Path
+    folder: pathlib.Path  # Of this process.
+    backup: pathlib.Path  # Of all: the first worker writes it, each goes on from it.
     args: object
     scope: object
 
@@ -194,11 +231,7 @@ class Run:
             keras.callbacks.CSVLogger(str(self.folder / "log.csv"), append=True),
         ]
         if self.args.backup_dir is not None:
-            # Kept after training too, so that an interruption of what follows, such as decoding, does not train again.
-            backup = self.folder / "backup"
-            callbacks.append(
-                keras.callbacks.BackupAndRestore(str(backup), double_checkpoint=True, delete_checkpoint=False)
-            )
+            callbacks.append(Backup(self.backup, writes=self.args.is_chief))
         if self.args.tensorboard is not None:
             callbacks.append(keras.callbacks.TensorBoard(str(self.args.tensorboard / self.folder.name)))
         return callbacks
@@ -218,18 +251,37 @@ class Run:
         return curves
 
 
+class Backup(keras.callbacks.BackupAndRestore):
+    """Each worker goes on from what the first has written.
+
+    It is kept after training, so that an interruption of what follows, such as decoding, does not train again.
+    """
+
+    def __init__(self, folder, writes):
+        super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
+        self.writes = writes
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.writes:
+            super().on_epoch_end(epoch, logs)
+
+
 def run_all(args, scope, train):
     """Trains what the flags ask for, shows the scores in a table and saves the picture of `--compare`."""
     alphas = [None] if args.plain else [None, args.alpha] if args.compare else [args.alpha]
     records = []
     with contextlib.ExitStack() as stack:
-        folder = args.backup_dir or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        own = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = args.backup_dir or own
         for seed in range(args.seed, args.seed + args.seeds):
             for alpha in alphas:
-                run = Run(alpha, seed, folder / f"{'plain' if alpha is None else 'rdrop'}-{seed}", args, scope)
+                name = f"{'plain' if alpha is None else 'rdrop'}-{seed}"
+                run = Run(alpha, seed, (kept if args.is_chief else own) / name, kept / name / "backup", args, scope)
                 records.append(_record(run, train, exports=(alpha, seed) == (alphas[-1], args.seed)))
                 if args.results is not None:
                     _write(args.results, {**provenance(), "runs": records})
+    if not args.is_chief:
+        return
     print("\n" + table(records))
     if args.compare:
         histories = {}
@@ -245,7 +297,7 @@ def run_all(args, scope, train):
 
 def _record(run, train, exports):
     """What is kept of a run: made now, or before an interruption. Of one that `exports`, the SavedModel is written."""
-    done = run.folder / "done.json"
+    done = run.backup.parent / "done.json"
     run.folder.mkdir(exist_ok=True)
     if done.exists():
         print(f"\n{run.name}, seed {run.seed}: done before, in {run.folder}")
@@ -255,7 +307,10 @@ def _record(run, train, exports):
     keras.utils.set_random_seed(run.seed)
     model, scores = train(run)
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    record = {"name": run.name, "alpha": run.alpha, "seed": run.seed, "scores": scores, "curves": run.curves()}
+    record = {"name": run.name, "alpha": run.alpha, "seed": run.seed, "scores": scores}
+    if not run.args.is_chief:
+        return record
+    record["curves"] = run.curves()
     if exports and run.args.export is not None:
         export(model, run.args.export)
         record["to call"] = how_to_call(model, run.args.export)
@@ -287,6 +342,21 @@ def whole_batches(args, *arrays):
     if num_rows == 0:
         fail(f"--batch-size must be ≤ the {available} rows to train on. Received: {args.batch_size}")
     return keras.tree.map_structure(lambda array: array[:num_rows], arrays)
+
+
+def filled(args, x, y, weights=None):
+    """What is to be evaluated, on several devices with rows of weight 0 after it that make its batches whole.
+
+    Keras deals no others out on JAX, and leaves some replicas without a row under `tf.distribute`, which not all models
+    can take. Weights of rows are such that a mean over all rows is that over the true ones.
+    """
+    missing = -len(y) % args.batch_size
+    if args.num_devices == 1 or missing == 0:
+        return (x, y) if weights is None else (x, y, weights)
+    if weights is None:
+        weights = np.full(len(y), 1 + missing / len(y), "float32")
+    x, y = keras.tree.map_structure(lambda array: np.concatenate([array, array[:1].repeat(missing, axis=0)]), (x, y))
+    return x, y, np.concatenate([weights, np.zeros((missing, *weights.shape[1:]), weights.dtype)])
 
 
 # ## Results

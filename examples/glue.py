@@ -222,13 +222,13 @@ def train(run, arrays, preprocessor, args):
             loss, metrics = keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"]
         else:
             loss, metrics = keras.losses.MeanSquaredError(), None
-        model.compile(optimizer, loss, metrics=metrics, jit_compile=run.jit_compile)
+        model.compile(optimizer, loss, weighted_metrics=metrics, jit_compile=run.jit_compile)
     model.fit(
         x,
         y,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        validation_data=arrays["validation"],
+        validation_data=experiment.filled(args, *arrays["validation"]),
         callbacks=run.callbacks(),
         verbose=run.verbose,
     )
@@ -236,7 +236,8 @@ def train(run, arrays, preprocessor, args):
     for split in arrays:
         if split != "train":
             x, labels = arrays[split]
-            outputs = model.predict(x, batch_size=args.batch_size, verbose=run.verbose)
+            rows, *_ = experiment.filled(args, x, labels)
+            outputs = model.predict(rows, batch_size=args.batch_size, verbose=run.verbose)[: len(labels)]
             scores.update({f"{split} {name}": float(SCORES[name](labels, outputs)) for name in task.scores})
     return classifier, scores
 
@@ -259,6 +260,10 @@ def parse_arguments():
     experiment.add_flags(parser, alpha=0.5, dropout=0.1, epochs=3, batch_size=32, learning_rate=3e-5)
     args = experiment.parse(parser)
     experiment.check_least(parser, args, max_length=4)
+    if args.preset == "none" and args.encoder is None and args.num_workers > 1:
+        parser.error(
+            "--preset none is for one worker: the vocabulary that each would train for itself is not the same everywhere"
+        )
     if args.encoder is not None:
         missing = [name for name in ENCODER_FILES if not (args.encoder / name).is_file()]
         if missing:

@@ -334,7 +334,8 @@ def compile_model(model, learning_rate, jit_compile="auto"):
 # one before, so that a longer `--block-length` has a lower perplexity.
 def score(run, language_model, streams, args):
     with run.scope():
-        model = experiment.trainable(language_model)
+        # With alpha=0 it is the model itself, which can be evaluated on several workers too.
+        model = rdrop_keras.RDropModel(experiment.trainable(language_model), alpha=0)
         nll = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll")
         model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), weighted_metrics=[nll])
     scores = {}

@@ -146,7 +146,7 @@ def train(run, arrays, texts, preprocessor, args):
         sample_weight=weights,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        validation_data=arrays["validation"],
+        validation_data=experiment.filled(args, *arrays["validation"]),
         callbacks=run.callbacks(),
         verbose=run.verbose,
     )

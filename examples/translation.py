@@ -258,7 +258,7 @@ def train(run, tokens, texts, proto, args):
         sample_weight=weights,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        validation_data=tokens["validation"],
+        validation_data=experiment.filled(args, *tokens["validation"]),
         callbacks=run.callbacks(),
         verbose=run.verbose,
     )

@@ -159,7 +159,9 @@ def training_batches(args, split):
 
 
 def evaluation_batches(args, split):
-    return split if isinstance(split, tuple) else (split.batch(args.batch_size).prefetch(2),)
+    if isinstance(split, tuple):
+        return experiment.filled(args, *split)
+    return (split.batch(args.batch_size).prefetch(2),)
 
 
 def augmentation(args):
@@ -289,7 +291,7 @@ def compile_model(model, learning_rate, label_smoothing, jit_compile="auto"):
     model.compile(
         optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=WEIGHT_DECAY, clipnorm=CLIP_NORM),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing),
-        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
         jit_compile=jit_compile,
     )
 

@@ -205,7 +205,7 @@ def test_jax_shares_batches_between_all_devices(monkeypatch, capsys):
         assert isinstance(keras.distribution.distribution(), keras.distribution.DataParallel)
         with pytest.raises(SystemExit):
             experiment.prepare(flags(monkeypatch, "--batch-size", 10))
-        assert "--batch-size must be a multiple of the 4 devices. Received: 10" in capsys.readouterr().err
+        assert "--batch-size must be a multiple of the 8 devices. Received: 10" in capsys.readouterr().err
     finally:
         keras.distribution.set_distribution(None)
 
