@@ -57,7 +57,6 @@ def arguments():
 # ## One worker
 def measure(args, engine, replicas, index, addresses):
     """Seconds of a step, `{kind: [of each round]}`."""
-    _, are_processes, _ = ENGINES[engine]
     rows, scope = args.rows * replicas, contextlib.nullcontext
     if engine == "mirrored":
         import tensorflow as tf

@@ -262,7 +262,7 @@ def parse_arguments():
     experiment.check_least(parser, args, max_length=4)
     if args.preset == "none" and args.encoder is None and args.num_workers > 1:
         parser.error(
-            "--preset none is for one worker: the vocabulary that each would train for itself is not the same everywhere"
+            "--preset none is for one worker: each would train a vocabulary of its own. Give --encoder or a preset"
         )
     if args.encoder is not None:
         missing = [name for name in ENCODER_FILES if not (args.encoder / name).is_file()]

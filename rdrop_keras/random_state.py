@@ -71,7 +71,7 @@ def load(store, model, seed):
     if saved and len(saved) != len(generators):
         warnings.warn(
             f"The file holds the states of {len(saved)} random generators, and the model has {len(generators)}: they "
-            "were not restored, so that dropout masks will not continue those of the saved run. Weights are not affected.",
+            "were not restored, and dropout masks will not continue those of the saved run. Weights are not affected.",
             stacklevel=2,
         )
         return

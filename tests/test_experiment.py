@@ -14,78 +14,22 @@ import keras
 import numpy as np
 import pytest
 
+import cluster
 import experiment
-import rdrop_keras
+import toy
 
-X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-Y = (X[:, 0] > 0).astype("int32")
-# A whole example: what the tests import, and what they start as a process of its own.
-EXAMPLE = textwrap.dedent(
-    """
-    import argparse, sys, time
-    import keras, numpy as np
-    import experiment, rdrop_keras
-
-    X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-    Y = (X[:, 0] > 0).astype("int32")
-
-    class Slow(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            time.sleep(0.3)
-
-    def train(run):
-        inputs = keras.Input((4,))
-        outputs = keras.layers.Dense(2)(keras.layers.Dropout(run.args.dropout)(inputs))
-        model = trained = keras.Model(inputs, outputs)
-        if run.alpha is not None:
-            model = rdrop_keras.RDropModel(model, run.alpha)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(experiment.schedule(run.args, 64)), loss)
-        model.fit(X, Y, batch_size=run.args.batch_size, epochs=run.args.epochs, validation_data=(X, Y),
-                  callbacks=[*run.callbacks(), Slow()], verbose=2)
-        return trained, {"accuracy": float((trained.predict(X, verbose=0).argmax(-1) == Y).mean())}
-
-    parser = argparse.ArgumentParser(prog="toy.py")
-    experiment.add_flags(parser, alpha=1.0, dropout=0.2, epochs=6, batch_size=16, learning_rate=0.05)
-    args = experiment.parse(parser)
-    experiment.run_all(args, experiment.prepare(args), train)
-    """
-)
+ROOT = pathlib.Path(experiment.__file__).parents[1]
 
 
 def flags(monkeypatch, *values):
     monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, values)])
-    parser = argparse.ArgumentParser(prog="toy.py")
-    experiment.add_flags(parser, alpha=1.0, dropout=0.2, epochs=2, batch_size=16, learning_rate=0.05)
-    return experiment.parse(parser)
-
-
-def train(run):
-    with run.scope():
-        inputs = keras.Input((4,))
-        outputs = keras.layers.Dense(2)(keras.layers.Dropout(run.args.dropout)(inputs))
-        model = trained = keras.Model(inputs, outputs)
-        if run.alpha is not None:
-            model = rdrop_keras.RDropModel(model, run.alpha)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(experiment.schedule(run.args, len(X))), loss)
-    x, y = experiment.whole_batches(run.args, X, Y)
-    model.fit(
-        x,
-        y,
-        batch_size=run.args.batch_size,
-        epochs=run.args.epochs,
-        validation_data=(X, Y),
-        callbacks=run.callbacks(),
-        verbose=run.verbose,
-    )
-    return trained, {"accuracy": float((trained.predict(X, verbose=0).argmax(-1) == Y).mean())}
+    return toy.parse_arguments()
 
 
 def run_all(monkeypatch, *values):
     args = flags(monkeypatch, *values)
     try:
-        experiment.run_all(args, experiment.prepare(args), train)
+        experiment.run_all(args, experiment.prepare(args), toy.train)
     finally:
         keras.config.set_dtype_policy("float32")
         if keras.backend.backend() == "jax":
@@ -108,12 +52,15 @@ def test_compares_both_from_the_same_weights(tmp_path, monkeypatch, capsys):
     assert plain.split()[1:4] == [f"{np.mean(accuracies):.4g}", "±", f"{np.std(accuracies, ddof=1):.2g}"]
 
 
+def toy_process(*values):
+    """Environment and command of the toy as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
+    return environment, [sys.executable, toy.__file__, *map(str, values)]
+
+
 def test_a_kill_is_resumed(tmp_path, monkeypatch):
     """After SIGKILL in the fourth epoch the same command goes on from there, with the curves of those before."""
-    script = tmp_path / "toy.py"
-    script.write_text(EXAMPLE)
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(experiment.__file__).parent)}
-    command = [sys.executable, str(script), "--backup-dir", "backup", "--results", "x.json"]
+    environment, command = toy_process("--backup-dir", "backup", "--results", "x.json", "--epochs", 6, "--pause", 0.3)
     log = tmp_path / "backup" / "rdrop-0" / "log.csv"
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -198,6 +145,93 @@ def test_mirrored_strategy(tmp_path, monkeypatch):
     assert rdrop["curves"]["consistency_loss"][0] > 0 and plain["curves"]["loss"][0] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+def test_several_workers(tmp_path):
+    """The first writes what all have computed; started again after a kill, all go on from its backup."""
+    flags = ["--strategy", "multiworker", "--timeout", 120, "--epochs", 4, "--pause", 0.5, "--backup-dir", "backup"]
+    log = tmp_path / "backup" / "rdrop-0" / "log.csv"
+    for victim in (1, None):
+        addresses = [f"127.0.0.1:{port}" for port in cluster.ports(2)]
+        workers = []
+        for index in range(2):
+            environment, command = toy_process(*flags, "--results", f"{index}.json", "--export", "served")
+            task = {"type": "worker", "index": index}
+            environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            workers.append(
+                subprocess.Popen(
+                    command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+            )
+        if victim is not None:
+            deadline = time.monotonic() + 120
+            while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            workers[victim].kill()
+        outputs = [worker.communicate(timeout=240)[0].decode() for worker in workers]
+        if victim is not None:
+            assert all(worker.returncode for worker in workers), outputs
+    assert not any(worker.returncode for worker in workers), outputs
+    assert all("Epoch 1/4" not in output and "Epoch 4/4" in output for output in outputs), outputs
+    (run,) = json.loads((tmp_path / "0.json").read_text())["runs"]
+    assert len(run["curves"]["val_loss"]) == 4 and run["scores"]["accuracy"] > 0.5
+    assert (tmp_path / "served").is_dir() and "SavedModel" in outputs[0] and "SavedModel" not in outputs[1]
+    assert not (tmp_path / "1.json").exists()
+
+
+def test_what_several_workers_cannot(monkeypatch, capsys):
+    task = {"type": "worker", "index": 1}
+    configuration = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": task}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(configuration))
+    if keras.backend.backend() == "tensorflow":
+        for kind in ("--plain", "--compare"):
+            with pytest.raises(SystemExit):
+                flags(monkeypatch, kind, "--strategy", "multiworker")
+            assert "--alpha 0 is plain training that does" in capsys.readouterr().err
+        args = flags(monkeypatch, "--strategy", "multiworker")
+        assert (args.num_workers, args.is_chief) == (2, False)
+    args = flags(monkeypatch, "--plain")
+    assert (args.num_workers, args.is_chief) == (1, True)
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_tpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    with pytest.raises(SystemExit):
+        experiment.prepare(flags(monkeypatch, "--strategy", "tpu"))
+    assert "--strategy tpu found no TPU: " in capsys.readouterr().err
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_tpu(monkeypatch):
+    """What the flag asks TensorFlow for; of the strategy, a mirrored one takes the place."""
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.distribute.cluster_resolver.TPUClusterResolver, "connect", lambda: "resolver")
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], tf.distribute.ReductionToOneDevice())
+    received = []
+    monkeypatch.setattr(tf.distribute, "TPUStrategy", lambda resolver: received.append(resolver) or strategy)
+    args = flags(monkeypatch, "--strategy", "tpu")
+    with experiment.prepare(args)():
+        assert tf.distribute.get_strategy() is strategy
+    assert received == ["resolver"] and args.num_devices == 2
+
+
+def test_filled_up_to_whole_batches():
+    args = argparse.Namespace(batch_size=4, num_devices=2)
+    x, y = {"a": np.arange(12).reshape(6, 2)}, np.arange(6.0)
+    rows, labels, weights = experiment.filled(args, x, y)
+    assert rows["a"].shape == (8, 2) and labels.shape == (8,)
+    np.testing.assert_array_equal(rows["a"][:6], x["a"])
+    assert np.mean(weights * labels) == pytest.approx(np.mean(y))
+    *_, weights = experiment.filled(args, x, y, np.ones((6, 3)))
+    np.testing.assert_array_equal(weights, np.repeat([1.0, 0.0], [6, 2])[:, None] * np.ones(3))
+    args.num_devices = 1
+    assert len(experiment.filled(args, x, y)) == 2
+    args.num_devices = 3
+    assert len(experiment.filled(args, {"a": x["a"][:4]}, y[:4])) == 2
+
+
 @pytest.mark.backends("jax")
 def test_jax_shares_batches_between_all_devices(monkeypatch, capsys):
     try:
@@ -225,10 +259,10 @@ def test_learning_rate_rises_and_falls_to_zero(monkeypatch):
 
 def test_rows_that_fill_no_batch_are_left_out(monkeypatch, capsys):
     args = flags(monkeypatch, "--batch-size", 30)
-    x, y = experiment.whole_batches(args, {"a": X}, Y)
+    x, y = experiment.whole_batches(args, {"a": toy.X}, toy.Y)
     assert x["a"].shape == (60, 4) and y.shape == (60,)
     with pytest.raises(SystemExit):
-        experiment.whole_batches(flags(monkeypatch, "--batch-size", 65), X)
+        experiment.whole_batches(flags(monkeypatch, "--batch-size", 65), toy.X)
     assert "--batch-size must be ≤ the 64 rows to train on. Received: 65" in capsys.readouterr().err
 
 

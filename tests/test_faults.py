@@ -1,4 +1,4 @@
-"""What is left when a process is killed, a worker never comes back, or the disk is full: real processes, real signals."""
+"""What is left when a process is killed, a worker never comes back, or the disk is full: with real processes."""
 
 import errno
 import resource
@@ -85,6 +85,16 @@ def test_a_worker_that_does_not_come_back(victim, kind, uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+def test_a_worker_that_never_starts(tmp_path):
+    """TensorFlow would wait without end; docs/distributed.md says how not to."""
+    with Cluster("tensorflow", 2, "resume", tmp_path, to_start=5) as cluster:
+        cluster.processes[1].kill()
+        assert cluster.processes[0].wait(120) == 1
+        assert "Timeout (0:00:05)!" in cluster.log(0)
+
+
+@pytest.mark.slow
 @pytest.mark.backends("jax")
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
 def test_a_process_of_jax_that_does_not_come_back(kind, tmp_path):
@@ -146,7 +156,7 @@ def test_full_disk(method, name, full_disk, tmp_path):
 
 def test_refused_and_other_files_are_keras_s_to_write(tmp_path):
     model = compiled()
-    with pytest.raises(ValueError, match="weights.h5"):
+    with pytest.raises(ValueError, match=r"weights\.h5"):
         model.save_weights(tmp_path / "weights.txt")
     with pytest.raises(ValueError, match=r"\.keras"):
         model.save(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What a TPU asks of a step, read off the compiled program: one XLA program, static shapes, nothing left to the host."""
+"""What a TPU asks of a step, read off the compiled program: one of static shapes that leaves nothing to the host."""
 
 import re
 

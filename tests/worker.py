@@ -1,6 +1,7 @@
 """What one process of a `cluster.Cluster` does: `python worker.py TASK JSON`. Tasks return what can be JSON."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from models import mlp
 from rdrop_keras import RDropModel
 
 
-def strategy(replicas=1, timeout=None):
+def strategy(replicas=1, timeout=None, to_start=None):
     import tensorflow as tf
 
     if replicas > 1:
@@ -22,7 +23,11 @@ def strategy(replicas=1, timeout=None):
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=tf.distribute.experimental.CommunicationImplementation.RING, timeout_seconds=timeout
     )
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    if to_start is not None:
+        faulthandler.dump_traceback_later(to_start, exit=True)
+    made = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    faulthandler.cancel_dump_traceback_later()
+    return made
 
 
 def train(options):
@@ -121,7 +126,7 @@ def resume(options):
     """Trains with all that has state, from the backup in the folder if there is one; perhaps a fault is planned."""
     scope = contextlib.nullcontext()
     if len(options["addresses"]) > 1:
-        scope = strategy(timeout=options.get("timeout")).scope()
+        scope = strategy(timeout=options.get("timeout"), to_start=options.get("to_start")).scope()
     import test_distribution as tests
 
     keras.utils.set_random_seed(2)
