@@ -115,32 +115,45 @@ class Results:
 
 
 def measure(name, args, results):
-    task = TASKS[name]
-    sign = -1 if task.lower_is_better else 1
-    first = {alpha: results.run(name, args, alpha, 0) for alpha in task.alphas}
-    best = max(first, key=lambda alpha: sign * first[alpha][f"validation {task.score}"])
+    for alpha in TASKS[name].alphas:
+        results.run(name, args, alpha, 0)
+    best = float(chosen(name, results.runs[name]).removeprefix("alpha="))
     for seed in range(args.seeds):
         results.run(name, args, None, seed)
         results.run(name, args, best, seed)
 
 
+def chosen(name, kinds):
+    """The kind of run, of those with R-Drop, that has the best validation score at the first seed."""
+    task = TASKS[name]
+    sign = -1 if task.lower_is_better else 1
+    of_rdrop = [kind for kind in kinds if kind != "plain"]
+    return max(of_rdrop, key=lambda kind: sign * kinds[kind]["0"]["scores"][f"validation {task.score}"])
+
+
 def table(results):
-    lines = ["| task | score | plain | R-Drop | α | seeds | seconds, × plain |", "|---|---|---|---|---|---|---|"]
-    for name, kinds in results.runs.items():
-        task = TASKS[name]
-        chosen = max((kind for kind in kinds if kind != "plain"), key=lambda kind: len(kinds[kind]))
+    lines = [
+        "| task | rows | epochs | score | plain | R-Drop | α | of | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in TASKS:
+        kinds = results.runs.get(name, {})
         if not kinds.get("plain"):
             continue
+        task, best = TASKS[name], chosen(name, kinds)
         split = "test" if f"test {task.score}" in kinds["plain"]["0"]["scores"] else "validation"
-        cells, seconds = [], []
-        for kind in ("plain", chosen):
-            runs = kinds[kind].values()
-            cells.append(mean_and_deviation([run["scores"][f"{split} {task.score}"] for run in runs]))
-            seconds.append(statistics.median(run["curves"]["seconds"][-1] for run in runs))
-        seeds = len(kinds["plain"])
-        score = f"{task.score}, {split}"
-        alpha = chosen.removeprefix("alpha=")
-        lines.append(f"| {name} | {score} | {' | '.join(cells)} | {alpha} | {seeds} | {seconds[1] / seconds[0]:.2f} |")
+        seeds = sorted(kinds["plain"].keys() & kinds[best].keys())
+        cells = [
+            mean_and_deviation([kinds[kind][seed]["scores"][f"{split} {task.score}"] for seed in seeds])
+            for kind in ("plain", best)
+        ]
+        flags = kinds["plain"]["0"]["command"].split()
+        rows, epochs = (
+            flags[flags.index(flag) + 1] if flag in flags else "all" for flag in ("--train-rows", "--epochs")
+        )
+        tried = ", ".join(kind.removeprefix("alpha=") for kind in sorted(kinds.keys() - {"plain"}))
+        columns = [name, rows, epochs, f"{task.score}, {split}", *cells, best.removeprefix("alpha="), tried, len(seeds)]
+        lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
 
 

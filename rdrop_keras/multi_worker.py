@@ -22,11 +22,12 @@ def batch_specification(epoch_iterator):
     import tensorflow as tf
 
     def of_replica(spec):
-        spec = getattr(spec, "_value_specs", [spec])[0]  # A `PerReplicaSpec`, of data that is distributed already.
-        return spec if spec is None else tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+        spec = getattr(spec, "_value_specs", [spec])[0]  # Of a `PerReplicaSpec`.
+        if getattr(spec, "shape", None) is None:  # None, or a `tf.experimental.Optional` of it.
+            return None
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
 
-    specification = epoch_iterator.data_adapter.get_tf_dataset().element_spec
-    return tree.map_structure(of_replica, specification)
+    return tree.map_structure(of_replica, epoch_iterator._distributed_dataset.element_spec)
 
 
 class _LocalLogs:

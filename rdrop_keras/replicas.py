@@ -90,6 +90,8 @@ def _own_masks(model, context):
     shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
     for state, shift in zip(states, shifts):
         state.assign_add([shift, ops.zeros_like(shift)])
-    yield
-    for state, shift in zip(states, shifts):
-        state.assign_sub([shift, ops.zeros_like(shift)])
+    try:
+        yield
+    finally:
+        for state, shift in zip(states, shifts):
+            state.assign_sub([shift, ops.zeros_like(shift)])

@@ -147,6 +147,44 @@ def test_mirrored_masks():
         assert_same(steps(distributed, x=TOKENS, y=TOKENS), expected)
 
 
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8]
+
+
+def batches_of(kind):
+    """The same three batches, the last of 5 rows, in the kinds that `fit` takes."""
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    return {
+        "dataset": lambda strategy: dataset,
+        "distributed dataset": lambda strategy: strategy.experimental_distribute_dataset(dataset),
+        "generator": lambda strategy: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16)),
+        "PyDataset": lambda strategy: Batches(),
+        "uneven first": lambda strategy: tf.data.Dataset.from_tensor_slices((X[:5], Y[:5])).batch(5),
+    }[kind]
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("kind", ["dataset", "distributed dataset", "generator", "PyDataset", "uneven first"])
+def test_mirrored_kinds_of_data(kind):
+    import tensorflow as tf
+
+    data = batches_of(kind)
+    strategy = mirrored(2)
+    with strategy.scope():
+        distributed = model()
+    logs = distributed.fit(data(strategy), shuffle=False, verbose=0).history
+    single = model()
+    expected = single.fit(data(tf.distribute.get_strategy()), shuffle=False, verbose=0).history
+    weights, expected_weights = ([to_numpy(w) for w in m.weights] for m in (distributed, single))
+    assert_same((logs, weights), (expected, expected_weights))
+
+
 def dropout_only(seed=3):
     """Its outputs show its masks: of an input of ones, 0 where dropped and 2 where kept."""
     x = keras.Input((50,))
