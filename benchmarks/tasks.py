@@ -138,7 +138,7 @@ def table(results):
     ]
     for name in TASKS:
         kinds = results.runs.get(name, {})
-        if not kinds.get("plain"):
+        if len(kinds) < 2 or "plain" not in kinds:
             continue
         task, best = TASKS[name], chosen(name, kinds)
         split = "test" if f"test {task.score}" in kinds["plain"]["0"]["scores"] else "validation"

@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -100,3 +102,11 @@ def test_step_times_are_those_measured():
         cells = [cell.strip() for cell in row.strip("| ").split("|")][1:]
         measured = [case["variants"].get(name) for case in cases.values()]
         assert [f"{m['ratio']:.2f}" if m else "" for m in measured][: len(cells)] == cells
+
+
+def test_tasks_are_those_measured():
+    """The table is what `python benchmarks/tasks.py --table` prints."""
+    path = ROOT / "benchmarks" / "tasks.py"
+    command = [sys.executable, path, "--table"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    assert len(printed.splitlines()) > 2 and printed in README
