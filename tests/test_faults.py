@@ -14,7 +14,7 @@ from models import mlp, to_numpy
 from rdrop_keras import RDropModel
 
 BACKEND = keras.backend.backend()
-TIMEOUT = 10
+TIMEOUT = 20
 
 
 def assert_same(result, expected):
