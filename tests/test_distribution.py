@@ -418,12 +418,12 @@ def collectives(model, x, y):
     import jax
     from keras.src.backend.jax.trainer import _distribute_data
 
-    model.train_on_batch(x, y)
+    model.fit(x, y, batch_size=len(x), verbose=0)
     state = model._get_jax_state(
         trainable_variables=True, non_trainable_variables=True, optimizer_variables=True, metrics_variables=True
     )
     step = jax.jit(model.train_step, out_shardings=(None, model._get_state_sharding_spec()))
-    program = step.lower(state, _distribute_data((x, y, None))).compile().as_text()
+    program = step.lower(state, _distribute_data((x, y))).compile().as_text()
     exchanged = {}
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast|send|recv"
     for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program):
