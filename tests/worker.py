@@ -10,6 +10,7 @@ import sys
 
 import keras
 
+from experiment import Backup
 from models import mlp
 from rdrop_keras import RDropModel
 
@@ -82,15 +83,6 @@ def train_with_jax(options):
     return {"history": history, "weights": [w.tolist() for w in weights], "devices": len(devices)}
 
 
-class Backup(keras.callbacks.BackupAndRestore):
-    """Every worker goes on from the chief's files, which no other writes."""
-
-    def __init__(self, folder, is_chief):
-        super().__init__(folder, double_checkpoint=True, delete_checkpoint=False)
-        if not is_chief:
-            self._save_model = lambda: None
-
-
 class Fault(keras.callbacks.Callback):
     """Sends this process a signal in the middle of an epoch."""
 
@@ -135,7 +127,7 @@ def resume(options):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
     folder = pathlib.Path(options["folder"])
-    callbacks = [Backup(folder / "backup", options["index"] == 0)]
+    callbacks = [Backup(folder / "backup", writes=options["index"] == 0)]
     fault = options.get("fault")
     if fault and fault["index"] == options["index"]:
         if "save" in fault:
