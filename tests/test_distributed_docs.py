@@ -44,4 +44,4 @@ def test_commands(command, tmp_path):
 def test_torch_s_error_is_the_one_in_the_document():
     with pytest.raises(AttributeError) as caught:
         keras.distribution.DataParallel()
-    assert str(caught.value) in DOCUMENT
+    assert f"AttributeError: {caught.value}" in DOCUMENT
