@@ -26,28 +26,17 @@ def flags(monkeypatch, *values):
     return toy.parse_arguments()
 
 
-def run_all(monkeypatch, *values):
-    args = flags(monkeypatch, *values)
-    try:
-        experiment.run_all(args, experiment.prepare(args), toy.train)
-    finally:
-        keras.config.set_dtype_policy("float32")
-        if keras.backend.backend() == "jax":
-            keras.distribution.set_distribution(None)
-    return args
-
-
-def test_compares_both_from_the_same_weights(tmp_path, monkeypatch, capsys):
-    run_all(monkeypatch, "--compare", "--seeds", 2, "--out", tmp_path / "x.png", "--results", tmp_path / "x.json")
-    results = json.loads((tmp_path / "x.json").read_text())
-    assert [(run["alpha"], run["seed"]) for run in results["runs"]] == [(None, 0), (1.0, 0), (None, 1), (1.0, 1)]
-    assert all(len(run["curves"]["val_loss"]) == 2 for run in results["runs"])
+def test_compares_both_from_the_same_weights(run_example, tmp_path, capsys):
+    runs = run_example(toy, "--compare", "--seeds", 2, "--out", "x.png")
+    assert [(run["alpha"], run["seed"]) for run in runs] == [(None, 0), (1.0, 0), (None, 1), (1.0, 1)]
+    assert all(len(run["curves"]["val_loss"]) == 2 for run in runs)
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["versions"]["keras"] == keras.__version__ and results["command"].startswith(
         "python toy.py --compare"
     )
     assert (tmp_path / "x.png").stat().st_size > 10_000
     plain, rdrop = (line for line in capsys.readouterr().out.splitlines() if " ± " in line)
-    accuracies = [run["scores"]["accuracy"] for run in results["runs"][::2]]
+    accuracies = [run["scores"]["accuracy"] for run in runs[::2]]
     assert plain.startswith("plain ") and rdrop.startswith("R-Drop (alpha=1) ")
     assert plain.split()[1:4] == [f"{np.mean(accuracies):.4g}", "±", f"{np.std(accuracies, ddof=1):.2g}"]
 
@@ -93,9 +82,9 @@ def test_a_backup_of_other_flags_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow", "jax")
-def test_the_printed_call_of_the_export_runs(tmp_path, monkeypatch, capsys):
+def test_the_printed_call_of_the_export_runs(run_example, capsys):
     tf = pytest.importorskip("tensorflow")
-    run_all(monkeypatch, "--export", tmp_path / "served")
+    run_example(toy, "--export", "served")
     printed = capsys.readouterr().out.split("To load and call it:\n\n")[1]
     names = {}
     exec(textwrap.dedent(printed), names)
@@ -117,31 +106,21 @@ def test_a_failed_export_keeps_the_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mixed_precision(tmp_path, monkeypatch):
-    run_all(monkeypatch, "--mixed-precision", "mixed_bfloat16", "--results", tmp_path / "x.json")
-    assert np.isfinite(json.loads((tmp_path / "x.json").read_text())["runs"][0]["curves"]["loss"]).all()
+def test_mixed_precision(run_example):
+    (run,) = run_example(toy, "--mixed-precision", "mixed_bfloat16")
+    assert np.isfinite(run["curves"]["loss"]).all()
 
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-def test_mirrored_strategy(tmp_path, monkeypatch):
+def test_mirrored_strategy(run_example, monkeypatch):
     import tensorflow as tf
 
     strategy = tf.distribute.MirroredStrategy
     devices = ["CPU:0", "CPU:1"]
     one = tf.distribute.ReductionToOneDevice()
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: strategy(devices, cross_device_ops=one))
-    run_all(
-        monkeypatch,
-        "--strategy",
-        "mirrored",
-        "--compare",
-        "--out",
-        tmp_path / "x.png",
-        "--results",
-        tmp_path / "x.json",
-    )
-    plain, rdrop = json.loads((tmp_path / "x.json").read_text())["runs"]
+    plain, rdrop = run_example(toy, "--strategy", "mirrored", "--compare", "--out", "x.png")
     assert rdrop["curves"]["consistency_loss"][0] > 0 and plain["curves"]["loss"][0] > 0
 
 
@@ -246,8 +225,8 @@ def test_jax_shares_batches_between_all_devices(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-def test_tensorboard(tmp_path, monkeypatch):
-    run_all(monkeypatch, "--tensorboard", tmp_path / "logs")
+def test_tensorboard(run_example, tmp_path):
+    run_example(toy, "--tensorboard", "logs")
     assert list((tmp_path / "logs" / "rdrop-0").rglob("events*"))
 
 
