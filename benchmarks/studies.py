@@ -81,7 +81,7 @@ class Translation:
         import experiment
         import translation
 
-        self.example, self.experiment = translation, experiment
+        self.example = translation
         # The example's own settings of its small model, but for what makes it small enough here.
         self.args = argparse.Namespace(
             data=args.data, source=None, target=None, train_rows=self.train_rows, preset="none",
