@@ -4,6 +4,7 @@ from rdrop_keras import plot
 from rdrop_keras._version import __version__
 from rdrop_keras.alpha import KLBudget
 from rdrop_keras.divergences import Divergence
+from rdrop_keras.dropout import with_dropout
 from rdrop_keras.model import RDropModel
 from rdrop_keras.monitor import InconsistencyMonitor, inconsistency
 from rdrop_keras.sharing import sharing, stochastic_layers
@@ -18,4 +19,5 @@ __all__ = [
     "plot",
     "sharing",
     "stochastic_layers",
+    "with_dropout",
 ]

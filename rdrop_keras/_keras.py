@@ -9,7 +9,7 @@ import contextlib
 import keras
 from keras.src.backend import AutocastScope, get_keras_mask, is_float_dtype, set_keras_mask
 from keras.src.losses.loss import unscale_loss_for_distribution
-from keras.src.models.functional import Functional, operation_fn, unpack_singleton
+from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
 
 # The compiled loss: the only place that knows which target, weight and output belong together.
 from keras.src.trainers.compile_utils import CompileLoss
@@ -17,24 +17,32 @@ from keras.src.trainers.compile_utils import CompileLoss
 __all__ = [
     "CompileLoss",
     "all_layers",
+    "assign",
     "autocast_scope",
     "call",
     "call_context",
+    "children",
     "converted",
+    "copied_operation",
     "copy_annotations",
     "functional",
     "get_keras_mask",
     "has_seed",
     "has_state",
+    "input_layers",
+    "is_plain_graph",
     "keras_logits",
     "loss_weights",
     "name_scope",
     "nodes",
     "operation_fn",
     "operations",
+    "own_variables",
     "packed_outputs",
     "reference_order",
+    "run_graph",
     "set_keras_mask",
+    "set_trainable",
     "standardized",
     "strategy_of",
     "strategy_scope",
@@ -46,6 +54,27 @@ __all__ = [
 def all_layers(operation):
     """`operation` and all layers below it, none if it is no layer; `Layer.layers` exists on models only."""
     return list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
+
+
+def children(layer):
+    """The layers that `layer` holds itself."""
+    return list(layer._layers)
+
+
+def own_variables(layer):
+    """The variables that `layer` itself owns, seeds and those of sublayers aside."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def assign(variable, other):
+    """Gives `variable` the value of `other`, in memory of its own."""
+    # JAX would share the array, and training one model frees it under the other.
+    variable.assign(keras.ops.copy(other.value) if keras.backend.backend() == "jax" else other.value)
+
+
+def set_trainable(layer, trainable):
+    """Sets `layer.trainable`, and not that of its sublayers and variables, which the public property sets too."""
+    layer._trainable = trainable
 
 
 def has_seed(layer):
@@ -74,6 +103,35 @@ def functional(model):
     if unchanged and isinstance(model, Functional) and type(model).call is Functional.call:
         return model
     return None
+
+
+def is_plain_graph(layer):
+    """Whether `layer` is a Sequential or Functional model made of its layers, by a class with no other constructor."""
+    if isinstance(layer, keras.Sequential):
+        unchanged = type(layer).__init__ is keras.Sequential.__init__
+        return unchanged and type(layer).get_config is keras.Sequential.get_config
+    if not isinstance(layer, Functional) or type(layer).get_config is not Functional.get_config:
+        return False
+    return functional_like_constructor(type(layer))
+
+
+def input_layers(model):
+    """The `InputLayer`s of a graph, in the structure of its inputs; of a Sequential model a list, empty if unknown."""
+    if isinstance(model, keras.Sequential):
+        return [tensor._keras_history.operation for tensor in model.inputs] if model._functional else []
+    return keras.tree.map_structure(lambda tensor: tensor._keras_history.operation, model._inputs_struct)
+
+
+def run_graph(functional, inputs, operation_fn):
+    """The outputs of a Functional model from symbolic `inputs`, with `operation_fn(operation)` for each operation."""
+    return functional._run_through_graph(inputs, operation_fn)
+
+
+def copied_operation(operation):
+    """`operation`, which is no layer and so has no state, without its place in a graph."""
+    copy = object.__new__(type(operation))
+    vars(copy).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
+    return copy
 
 
 def nodes(functional):

@@ -12,7 +12,7 @@ from rdrop_keras.alpha import KLBudget, check_number
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
 
 
-def check_model(model, wrapper):
+def check_unwrapped(model, wrapper):
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
     inner = next((layer for layer in _keras.all_layers(model) if isinstance(layer, wrapper)), None)
@@ -20,6 +20,10 @@ def check_model(model, wrapper):
         raise ValueError(
             f"`model` is or holds an RDropModel: use the model inside that, its `.model`. Received: {inner.name!r}."
         )
+
+
+def check_model(model, wrapper):
+    check_unwrapped(model, wrapper)
     pipeline = preprocessing.pipeline_class(model)
     for method in _REPLACED:
         known = [getattr(keras.Model, method), getattr(pipeline, method, None)]

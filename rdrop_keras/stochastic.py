@@ -15,7 +15,7 @@ import re
 
 import keras
 
-from rdrop_keras import _keras
+from rdrop_keras import _keras, rates
 
 # Where a class must be defined for its randomness to be known from its name and attributes.
 _KNOWN_LIBRARIES = ("keras", "keras_cv", "keras_hub", "keras_nlp")
@@ -48,11 +48,11 @@ def classify(model):
     """
     active, inactive, opaque = [], [], []
     for layer in _keras.all_layers(model):
-        rates = _rates(layer)
+        own_rates = _rates(layer)
         declared = getattr(layer, "rdrop_stochastic", None)
-        if declared or _keras.has_seed(layer) or (rates and _DROPOUT.search(type(layer).__name__)):
-            if rates and not any(rates.values()) and not declared:
-                inactive.append((layer, rates))
+        if declared or _keras.has_seed(layer) or (own_rates and _DROPOUT.search(type(layer).__name__)):
+            if own_rates and not any(own_rates.values()) and not declared:
+                inactive.append((layer, own_rates))
             else:
                 active.append(layer)
         elif declared is None and not isinstance(layer, keras.Model) and not _is_known(layer):
@@ -67,9 +67,9 @@ def why_stochastic(operation):
     active, _, opaque = classify(operation)
     if active:
         layer = active[0]
-        rates = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
+        above = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
         where = [] if layer is operation else ["holds"]
-        return " ".join(["random:", *where, type(layer).__name__, *rates])
+        return " ".join(["random:", *where, type(layer).__name__, *above])
     layers = _keras.all_layers(operation)
     operations = [other for layer in layers for other in _keras.operations(layer)]
     opaque += [other for other in layers + operations if not _is_vouched(other)]
@@ -148,9 +148,15 @@ def check_stochastic(model):
             "the passes of R-Drop would be identical. Write `def call(self, inputs, training=None)`. "
             f"Received: model={model.name!r} with {_listed((layer, {}) for layer in active)}."
         )
+    remedy = (
+        "`rdrop_keras.with_dropout(model, 0.1)` is the same model with a dropout rate above 0, which pretrained "
+        "configurations often lack"
+        if rates.kind(model)
+        else "Insert a `keras.layers.Dropout`, for example before the last layer"
+    )
     raise ValueError(
-        "R-Drop needs a layer that is random in training, else all passes are identical. Give a dropout layer a rate "
-        "above 0 (pretrained configurations often have 0: look for a `dropout` argument), or train with `alpha=0`. "
+        "R-Drop needs a layer that is random in training, else all passes are identical. "
+        f"{remedy}; or train with `alpha=0`. "
         f"Received: model={model.name!r}, whose dropout layers are: {_listed(inactive) or 'none'}."
     )
 
@@ -175,7 +181,7 @@ def _is_known(operation):
     for cls in type(operation).__mro__:
         if cls is keras.Layer or cls is keras.Operation:
             break
-        if not _is_from_known(cls.__module__):
+        if not is_from_known(cls.__module__):
             defined = [name for name, value in vars(cls).items() if _is_code(value) and name not in _HARMLESS]
             if defined:
                 return False
@@ -193,14 +199,14 @@ def _is_foreign_callable(attribute):
         value = value.func
     if not callable(value) or isinstance(value, (type, keras.Layer)) or _NOT_CALLED.search(name):
         return False
-    return not _is_from_known(getattr(value, "__module__", None) or type(value).__module__)
+    return not is_from_known(getattr(value, "__module__", None) or type(value).__module__)
 
 
-def _is_from_known(module):
+def is_from_known(module):
     return module.partition(".")[0] in _KNOWN_LIBRARIES
 
 
 def _listed(layers):
-    rows = [" ".join([layer.path or layer.name, *(f"{k}={v}" for k, v in rates.items())]) for layer, rates in layers]
+    rows = [" ".join([layer.path or layer.name, *(f"{k}={v}" for k, v in values.items())]) for layer, values in layers]
     more = [f"and {len(rows) - 20} more"] if len(rows) > 20 else []
     return ", ".join(rows[:20] + more)

@@ -1,0 +1,123 @@
+"""Weights, trainable flags, LoRA and assets of a model put into another that was made from its configuration.
+
+Some layers of KerasHub make their dropout only for a rate above 0, and a graph that has it orders its other layers in
+another way. So layers are paired from the outside in, by their names within a graph and by their order elsewhere.
+"""
+
+import collections
+import re
+import tempfile
+
+from rdrop_keras import _keras
+
+
+def copy_state(source, target):
+    """Gives `target` the state of `source`.
+
+    Raises:
+        ValueError: If a layer of one that has weights has no counterpart in the other.
+    """
+    pairs = _Pairs()
+    pairs.add(source, target)
+    for old, new in pairs:
+        _copy_layer(old, new)
+    for old, new in pairs:
+        if getattr(old, "_lora_enabled_layers", None):  # A backbone of KerasHub, which counts layers with weights.
+            counted = [layer for layer in _keras.all_layers(new)[1:] if layer.weights]
+            of_old = [layer for layer in _keras.all_layers(old)[1:] if layer.weights]
+            new._lora_rank = old._lora_rank
+            new._lora_enabled_layers = [counted.index(pairs.of(of_old[i])) for i in old._lora_enabled_layers]
+
+
+class _Pairs:
+    """Pairs of layers, iterated with the outer before the inner."""
+
+    def __init__(self):
+        self._of = {}
+
+    def __iter__(self):
+        return iter(self._of.values())
+
+    def of(self, old):
+        return self._of[id(old)][1]
+
+    def add(self, old, new):
+        if old is new:  # A preprocessor, which both have.
+            return
+        if id(old) in self._of:
+            if self.of(old) is not new:
+                raise _mismatch(f"{old.path} is shared in one and not in the other")
+            return
+        if type(old) is not type(new):
+            raise _mismatch(f"{old.path} ({type(old).__name__}) and {new.path} ({type(new).__name__})")
+        self._of[id(old)] = (old, new)
+        for with_weights in (True, False):
+            olds, news = (
+                [inner for inner in _keras.children(layer) if _has_weights(inner) is with_weights]
+                for layer in (old, new)
+            )
+            in_graph = bool(_keras.operations(old))
+            for inner_olds, inner_news in _groups(olds, news, in_graph):
+                if len(inner_olds) == len(inner_news):
+                    for inner_old, inner_new in zip(inner_olds, inner_news):
+                        self.add(inner_old, inner_new)
+                elif with_weights:
+                    names = [[inner.name for inner in layers] for layers in (inner_olds, inner_news)]
+                    raise _mismatch(f"{old.path} has {names[0]}, and anew {names[1]}")
+
+
+def _groups(olds, news, in_graph):
+    """Pairs of lists of layers, each with as many in both as can be told."""
+    names = [[layer.name for layer in layers] for layers in (olds, news)]
+    if set(names[0]) == set(names[1]) and len(set(names[0])) == len(names[0]) == len(names[1]):
+        by_name = {layer.name: layer for layer in news}
+        return [([layer], [by_name[layer.name]]) for layer in olds]
+    if not in_graph:
+        return [(olds, news)]
+    # Names that Keras gives end in a number that counts on: in the order of these, the k-th is the k-th.
+    groups = collections.defaultdict(lambda: ([], []))
+    for i, layers in enumerate((olds, news)):
+        for layer in layers:
+            stem, number = re.fullmatch(r"(.*?)(?:_(\d+))?", layer.name, re.DOTALL).groups()
+            groups[type(layer), stem][i].append((int(number or 0), layer))
+    return [
+        tuple([layer for _, layer in sorted(group, key=lambda entry: entry[0])] for group in pair)
+        for pair in groups.values()
+    ]
+
+
+def _copy_layer(old, new):
+    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
+        new.enable_lora(old.lora_rank, lora_alpha=old.lora_alpha)
+    for variable, counterpart in _variable_pairs(old, new):
+        _keras.assign(counterpart, variable)
+        if counterpart.trainable != variable.trainable:
+            counterpart.trainable = variable.trainable
+    _keras.set_trainable(new, old.trainable)
+    if hasattr(old, "save_assets"):  # Vocabularies, which are no variables.
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+    elif hasattr(old, "finalize_state"):  # `Normalization` computes what it uses from its variables.
+        new.finalize_state()
+
+
+def _variable_pairs(old, new):
+    olds, news = _keras.own_variables(old), _keras.own_variables(new)
+    if len({variable.name for variable in olds}) == len(olds):
+        olds, news = (sorted(variables, key=lambda variable: variable.name) for variables in (olds, news))
+    described = [[(v.name, tuple(v.shape), v.dtype) for v in variables] for variables in (olds, news)]
+    if described[0] != described[1]:
+        raise _mismatch(f"{old.path} has {described[0]}, and anew {described[1]}")
+    return zip(olds, news)
+
+
+def _has_weights(layer):
+    return any(map(_keras.own_variables, _keras.all_layers(layer)))
+
+
+def _mismatch(what):
+    return ValueError(
+        "The model made anew from the configuration must have the same layers with the same weights. Make it with the "
+        f"rate that you want in its constructor, and copy its weights. Received: {what}."
+    )

@@ -1,0 +1,92 @@
+"""The same model with dropout, for the many pretrained models that come with none."""
+
+import numbers
+
+from rdrop_keras import _keras, arguments, copied_state, copies, rates, stochastic
+from rdrop_keras.model import RDropModel
+
+
+def with_dropout(model, rate):
+    """A new model of the same class, configuration and weights as `model`, with dropout at `rate`.
+
+    R-Drop needs dropout, and many pretrained models come with a rate of 0. This is the remedy:
+
+        model = rdrop_keras.RDropModel(rdrop_keras.with_dropout(model, 0.1))
+
+    Where the rate goes depends on the kind of model:
+
+    - In a KerasHub task or backbone, and any model whose class has a configuration of its own, all dropout rates of the
+      configuration are set to `rate`, those above 0 too, and those of nested models.
+    - In a Functional or Sequential model, dropout layers at rate 0 get `rate`, and so do layers with an argument such
+      as `dropout` that is 0: attention, recurrent and KerasHub's layers. Rates above 0 are kept: if all are, the new
+      model is a plain copy.
+
+    Recurrent dropout is left as it is. So is stochastic depth, unless the model has a place for nothing else.
+
+    Predictions are those of `model`, which is left as it was. Frozen layers stay frozen, LoRA and the types of numbers
+    are kept. A KerasHub task keeps its preprocessor, the same object, and its sampler. The new model is not compiled,
+    but a KerasHub task is with its defaults, as any new one. It is made under the `tf.distribute` strategy of `model`.
+
+    Args:
+        model: A built `keras.Model`.
+        rate: The dropout rate, a number > 0 and < 1. The paper uses 0.1 to fine-tune pretrained models.
+
+    Returns:
+        The new model.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `rate` is not > 0 and < 1; if `model` is an `RDropModel`, whose `.model` is meant, or holds one;
+            if it is not built; if it has no place for dropout; if it cannot be made anew from its configuration, such
+            as a subclassed model whose constructor does not take the rate.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.0, name="drop"), keras.layers.Dense(3)])
+    >>> rdrop_keras.stochastic_layers(model)
+    []
+    >>> model = rdrop_keras.with_dropout(model, 0.1)
+    >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
+    [('drop', 0.1)]
+    """
+    arguments.check_unwrapped(model, RDropModel)
+    _check_rate(rate)
+    if not model.built:
+        raise ValueError(
+            "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
+            f"Received: model={model.name!r}, which is not."
+        )
+    kind = rates.kind(model)
+    if kind is None:
+        raise ValueError(
+            f"`model` must have a dropout layer, or a place for a dropout rate in its configuration. {_REMEDY} "
+            f"Received: model={model.name!r} ({type(model).__name__}), which has neither."
+        )
+    with _keras.strategy_scope(model):
+        new = copies.Copier(kind, float(rate)).copy(model)
+        if not new.built:
+            new.build_from_config(model.get_build_config())
+        copied_state.copy_state(model, new)
+    if hasattr(model, "sampler"):  # How a task of KerasHub generates.
+        new.sampler = model.sampler
+    active, _, opaque = stochastic.classify(new)
+    if not active and not opaque:
+        raise ValueError(
+            f"The configuration of `model` has a place for a dropout rate of which its layers make no use. {_REMEDY} "
+            f"Received: model={model.name!r} ({type(model).__name__})."
+        )
+    return new
+
+
+_REMEDY = (
+    "Insert a `keras.layers.Dropout` where you make the model, for example before its last layer, "
+    "or give the layers of a subclassed model their rate in its constructor."
+)
+
+
+def _check_rate(rate):
+    received = f"Received: rate={rate!r} ({type(rate).__name__})."
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        raise TypeError(f"`rate` must be a number > 0 and < 1. {received}")
+    if not 0 < rate < 1:
+        raise ValueError(f"`rate` must be a number > 0 and < 1. {received}")
