@@ -33,55 +33,58 @@ class _Pairs:
     """Pairs of layers, iterated with the outer before the inner."""
 
     def __init__(self):
-        self._of = {}
+        self._new = {}
+        self._old = {}
 
     def __iter__(self):
-        return iter(self._of.values())
+        return iter([(old, self._new[id(old)]) for old in self._old.values()])
 
     def of(self, old):
-        return self._of[id(old)][1]
+        return self._new[id(old)]
 
     def add(self, old, new):
         if old is new:  # A preprocessor, which both have.
             return
-        if id(old) in self._of:
-            if self.of(old) is not new:
-                raise _mismatch(f"{old.path} is shared in one and not in the other")
+        if id(old) in self._new or id(new) in self._old:
+            if self._new.get(id(old)) is not new:
+                raise _mismatch(f"{old.path} is shared in one model and not in the other")
             return
         if type(old) is not type(new):
             raise _mismatch(f"{old.path} ({type(old).__name__}) and {new.path} ({type(new).__name__})")
-        self._of[id(old)] = (old, new)
-        for with_weights in (True, False):
-            olds, news = (
-                [inner for inner in _keras.children(layer) if _has_weights(inner) is with_weights]
-                for layer in (old, new)
-            )
-            in_graph = bool(_keras.operations(old))
-            for inner_olds, inner_news in _groups(olds, news, in_graph):
-                if len(inner_olds) == len(inner_news):
-                    for inner_old, inner_new in zip(inner_olds, inner_news):
+        self._new[id(old)], self._old[id(new)] = new, old
+        for olds, news in _groups(old, new, _has_weights):
+            if len(olds) != len(news):
+                names = [[layer.name for layer in layers] for layers in (olds, news)]
+                raise _mismatch(f"{old.path} holds {names[0]}, and {names[1]} anew")
+            for inner_old, inner_new in zip(olds, news):
+                self.add(inner_old, inner_new)
+        for olds, news in _groups(old, new, lambda layer: not _has_weights(layer)):
+            # Dropout may be among them, without a counterpart. All that the others have is a flag.
+            if [type(layer) for layer in olds] == [type(layer) for layer in news]:
+                for inner_old, inner_new in zip(olds, news):
+                    if id(inner_old) not in self._new and id(inner_new) not in self._old:
                         self.add(inner_old, inner_new)
-                elif with_weights:
-                    names = [[inner.name for inner in layers] for layers in (inner_olds, inner_news)]
-                    raise _mismatch(f"{old.path} has {names[0]}, and anew {names[1]}")
 
 
-def _groups(olds, news, in_graph):
-    """Pairs of lists of layers, each with as many in both as can be told."""
-    names = [[layer.name for layer in layers] for layers in (olds, news)]
-    if set(names[0]) == set(names[1]) and len(set(names[0])) == len(names[0]) == len(names[1]):
-        by_name = {layer.name: layer for layer in news}
-        return [([layer], [by_name[layer.name]]) for layer in olds]
-    if not in_graph:
-        return [(olds, news)]
-    # Names that Keras gives end in a number that counts on: in the order of these, the k-th is the k-th.
+def _groups(old, new, belongs):
+    """Pairs of lists of those layers in `old` and `new` that `belong`; in each, the k-th of both are counterparts."""
+    both = [[layer for layer in _keras.children(parent) if belongs(layer)] for parent in (old, new)]
+    names = [[layer.name for layer in layers] for layers in both]
+    if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
+        by_name = {layer.name: layer for layer in both[1]}
+        return [([layer], [by_name[layer.name]]) for layer in both[0]]
+    if not _keras.operations(old):
+        return [both]
+    # In a graph, names begin with the name of the model in some of KerasHub's, and end in a number that counts on where
+    # Keras gives them.
     groups = collections.defaultdict(lambda: ([], []))
-    for i, layers in enumerate((olds, news)):
+    for i, (parent, layers) in enumerate(zip((old, new), both)):
         for layer in layers:
-            stem, number = re.fullmatch(r"(.*?)(?:_(\d+))?", layer.name, re.DOTALL).groups()
+            name = layer.name.removeprefix(f"{parent.name}_")
+            stem, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name, re.DOTALL).groups()
             groups[type(layer), stem][i].append((int(number or 0), layer))
     return [
-        tuple([layer for _, layer in sorted(group, key=lambda entry: entry[0])] for group in pair)
+        tuple([layer for _, layer in sorted(layers, key=lambda entry: entry[0])] for layers in pair)
         for pair in groups.values()
     ]
 
