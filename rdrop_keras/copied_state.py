@@ -90,8 +90,10 @@ def _groups(old, new, belongs):
 
 
 def _copy_layer(old, new):
-    if getattr(old, "lora_enabled", False) and not new.lora_enabled:
-        new.enable_lora(old.lora_rank, lora_alpha=old.lora_alpha)
+    if getattr(old, "lora_enabled", False):
+        if not new.lora_enabled:
+            new.enable_lora(old.lora_rank)
+        new.lora_alpha = old.lora_alpha  # Keras 3.15 loses it where LoRA comes from the configuration.
     for variable, counterpart in _variable_pairs(old, new):
         _keras.assign(counterpart, variable)
         if counterpart.trainable != variable.trainable:
@@ -107,11 +109,13 @@ def _copy_layer(old, new):
 
 def _variable_pairs(old, new):
     olds, news = _keras.own_variables(old), _keras.own_variables(new)
-    if len({variable.name for variable in olds}) == len(olds):
+    names = [[variable.name for variable in variables] for variables in (olds, news)]
+    if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
+        # Variables made later, as by quantization, stand elsewhere when the layer is made with them.
         olds, news = (sorted(variables, key=lambda variable: variable.name) for variables in (olds, news))
-    described = [[(v.name, tuple(v.shape), v.dtype) for v in variables] for variables in (olds, news)]
+    described = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (olds, news)]
     if described[0] != described[1]:
-        raise _mismatch(f"{old.path} has {described[0]}, and anew {described[1]}")
+        raise _mismatch(f"{old.path} has variables {described[0]}, and {described[1]} anew")
     return zip(olds, news)
 
 

@@ -31,6 +31,8 @@ class Copier:
                 copy = _keras.copied_operation(operation)
             elif _keras.is_plain_graph(operation):
                 copy = self._of_graph(operation)
+                if operation.dtype_policy.quantization_mode is None:  # Of the layers, not of the model.
+                    copy.dtype_policy = operation.dtype_policy
             else:
                 copy = self._of_configuration(operation)
             # The original is kept, so that no other object takes its id.
@@ -39,7 +41,7 @@ class Copier:
 
     def _of_graph(self, model):
         if isinstance(model, keras.Sequential):
-            inputs = [self.copy(tensor_layer) for tensor_layer in _keras.input_layers(model)]
+            inputs = [self.copy(layer) for layer in _keras.input_layers(model)]
             return type(model)([*inputs, *map(self.copy, model.layers)], name=model.name)
         inputs = keras.tree.map_structure(lambda layer: self.copy(layer).output, _keras.input_layers(model))
         return type(model)(inputs, _keras.run_graph(model, inputs, self.copy), name=model.name)
@@ -53,25 +55,20 @@ class Copier:
 
         cls = type(layer)
         try:
-            config = rates.with_rates(layer.get_config(), new_rate, cls.__name__)
+            config = rates.with_rates(rates.configuration(layer), new_rate, cls.__name__)
             if "preprocessor" in config:  # Its configuration has no vocabulary if that was read from a file.
                 config["preprocessor"] = layer.preprocessor
-            functions = _own_functions(layer, config)
+            config.update(_own_functions(layer, config))
             with keras.saving.custom_object_scope(_own_objects(layer)):
-                if isinstance(layer, keras.layers.Lambda):
-                    return cls(**{**config, **functions, "arguments": layer.arguments})
-                copy = cls.from_config({**config, **functions})
+                if isinstance(layer, keras.layers.Lambda):  # Its `from_config` takes no functions.
+                    return cls(**{**config, "arguments": layer.arguments})
+                return cls.from_config(config)
         except Exception as error:
-            remedy = (
-                "Write its `get_config`, or make it with the rate that you want in its constructor."
-                if is_model
-                else "Write its `get_config`."
-            )
+            remedy = ", or make it with the rate that you want in its constructor" if is_model else ""
             raise ValueError(
-                f"`with_dropout` makes `{cls.__name__}` anew from its configuration, which fails with "
-                f"{type(error).__name__}. {remedy} Received: {layer.name!r}."
+                f"`with_dropout` makes `{cls.__name__}` anew by `from_config(get_config())`, which fails with "
+                f"{type(error).__name__}. Write these two methods{remedy}. Received: {layer.name!r}."
             ) from error
-        return copy
 
 
 def _own_functions(layer, config):
@@ -85,11 +82,12 @@ def _own_functions(layer, config):
 
 
 def _own_objects(layer):
-    """The classes and functions that are not Keras's in `layer`, by the names under which Keras looks them up."""
+    """What is not Keras's in `layer` and is looked up by name: classes of layers, functions, initializers and such."""
     own = {}
     for inner in _keras.all_layers(layer):
         for value in (inner, *vars(inner).values()):
-            named = value if isinstance(value, (type, types.FunctionType)) else type(value)
-            if not stochastic.is_from_known(named.__module__ or ""):
-                own[named.__name__] = named
+            if isinstance(value, types.FunctionType) or hasattr(value, "get_config"):
+                named = value if isinstance(value, (type, types.FunctionType)) else type(value)
+                if not stochastic.is_from_known(named.__module__):
+                    own[named.__name__] = named
     return own

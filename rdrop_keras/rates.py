@@ -7,6 +7,7 @@ the rate is 0. Which layers of a model are random is in `stochastic.py`.
 import contextlib
 import numbers
 import re
+import warnings
 
 from rdrop_keras import _keras
 
@@ -33,7 +34,7 @@ def kind(model):
 
     for part in parts(model):
         with contextlib.suppress(Exception):  # A layer without a configuration has no places.
-            with_rates(part.get_config(), note, type(part).__name__)
+            with_rates(configuration(part), note, type(part).__name__)
     return next((kind for kind in ("dropout", "depth") if kind in found), None)
 
 
@@ -42,6 +43,13 @@ def parts(model):
     if not _keras.is_plain_graph(model):
         return [model]
     return [part for layer in model.layers for part in parts(layer)]
+
+
+def configuration(layer):
+    """`layer.get_config()`, without Keras's warning that a lambda in it could not be loaded from a file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        return layer.get_config()
 
 
 def with_rates(config, new_rate, class_name=""):
