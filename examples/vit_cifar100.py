@@ -1,8 +1,9 @@
 """Image classification with a vision Transformer, plain and with R-Drop.
 
 The paper's section 3.5: a pretrained ViT-B/16 fine-tuned on CIFAR-100, or on ImageNet, with α = 0.6. KerasHub's presets
-have dropout 0, under which R-Drop has nothing to compare: the model is built anew with dropout, and takes over the
-weights of the preset.
+have dropout 0, under which R-Drop has nothing to compare. `rdrop_keras.with_dropout(task, 0.1)` is the remedy where all
+rates are to be the same. Here attention has a rate of its own and images may have another size: the model is built anew
+for these, and takes over the weights of the preset.
 
 R-Drop is the one line that wraps the model:
 

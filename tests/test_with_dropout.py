@@ -6,7 +6,7 @@ import pytest
 from keras import layers, losses, ops
 
 from models import to_numpy
-from rdrop_keras import RDropModel, stochastic_layers, with_dropout
+from rdrop_keras import RDropModel, rates, stochastic_layers, with_dropout
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6
@@ -49,6 +49,67 @@ def check_same(new, model, x):
 
 def rates_of(model):
     return {layer.name: layer.rate for layer in model._flatten_layers() if isinstance(layer, layers.Dropout)}
+
+
+# Configurations.
+
+DROPOUT = (
+    "dropout",
+    "dropout_rate",
+    "attention_dropout_rate",
+    "hidden_dropout_prob",
+    "classifier_dropout",
+    "dropout_p",
+)
+DROPOUT += ("drop_rate", "attn_drop", "proj_drop_rate", "drop")
+DEPTH = ("drop_path_rate", "max_drop_path_rate", "drop_path", "drop_connect_rate", "stochastic_depth_rate")
+NEITHER = (
+    "recurrent_dropout",
+    "dropout_seed",
+    "num_dropout_layers",
+    "rate",
+    "dilation_rate",
+    "backdrop",
+    "drop_remainder",
+)
+
+
+def kinds(config, class_name=""):
+    found = {}
+    rates.with_rates(config, lambda kind, rate: found.setdefault(kind, []).append(rate) or rate, class_name)
+    return found
+
+
+def test_names_that_say_dropout():
+    assert all(kinds({name: 0}) == {"dropout": [0]} for name in DROPOUT)
+    assert all(kinds({name: 0.1}) == {"depth": [0.1]} for name in DEPTH)
+    assert not any(kinds({name: 0}) for name in NEITHER)
+    assert kinds({"rate": 0.0}, "SpatialDropout1D") == {"dropout": [0.0]}
+    assert kinds({"drop_prob": 0.0}, "DropPath") == {"depth": [0.0]}
+
+
+def test_rates_in_a_configuration():
+    config = {
+        "dropout": [0.0, 0.2],
+        "attention_dropout": None,
+        "use_dropout": True,
+        "dropout_scale": 2.0,
+        "encoder": {"class_name": "Encoder", "config": {"dropout": 0.3}, "compile_config": {"loss": "mine"}},
+        "layers": [
+            {"class_name": "Dropout", "config": {"rate": 0.0}},
+            {"class_name": "Noise", "config": {"rate": 0.0}},
+        ],
+        "preprocessor": {"class_name": "Preprocessor", "config": {"dropout": 0.0}},
+    }
+    assert rates.with_rates(config, lambda kind, rate: 0.5) == {
+        **config,
+        "dropout": [0.5, 0.5],
+        "encoder": {"class_name": "Encoder", "config": {"dropout": 0.5}},
+        "layers": [
+            {"class_name": "Dropout", "config": {"rate": 0.5}},
+            {"class_name": "Noise", "config": {"rate": 0.0}},
+        ],
+    }
 
 
 # Models of Keras's own layers.
@@ -251,16 +312,19 @@ def test_stochastic_depth_is_set_where_there_is_nothing_else():
     assert rates_of(both) == {"path": 0.0, "dropout": 0.1}
 
 
+def test_dropout_that_is_on_everywhere_is_kept():
+    model = keras.Sequential([keras.Input((8,)), layers.Dropout(0.2, name="a"), layers.Dropout(0.3, name="b")])
+    assert rates_of(check_same(with_dropout(model, 0.1), model, np.ones((2, 8)))) == {"a": 0.2, "b": 0.3}
+
+
+@pytest.mark.slow
 def test_applications():
-    applications = keras.applications
-    model = applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
+    model = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
     with pytest.raises(ValueError, match=r"must have a dropout layer.*Insert a `keras.layers.Dropout`.*'mobilenetv2"):
         with_dropout(model, 0.1)
-    model = applications.MobileNetV3Small((32, 32, 3), weights=None, classes=2, dropout_rate=0.3)
-    new = with_dropout(model, 0.1)  # All on already: a copy.
-    assert (
-        [layer.rate for layer in stochastic_layers(new)] == [layer.rate for layer in stochastic_layers(model)] == [0.3]
-    )
+    model = keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3), classes=2)
+    new = check_same(with_dropout(model, 0.1), model, np.ones((2, 32, 32, 3), "float32"))
+    assert rates_of(new) == rates_of(model) and min(rates_of(new).values()) > 0
 
 
 def test_trains_with_rdrop():
@@ -447,7 +511,7 @@ def test_language_model_keeps_preprocessor_and_sampler(hub):
     assert new.preprocessor is preprocessor and new.sampler is task.sampler
     assert not new.backbone.get_layer("transformer_layer_0").trainable
     model = RDropModel(new)
-    model.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
     assert model.fit(["a b c", "d"], verbose=0).history["consistency_loss"][0] > 0
 
 
