@@ -32,6 +32,7 @@ __all__ = [
     "input_layers",
     "is_plain_graph",
     "keras_logits",
+    "lora_layers",
     "loss_weights",
     "name_scope",
     "nodes",
@@ -42,6 +43,7 @@ __all__ = [
     "reference_order",
     "run_graph",
     "set_keras_mask",
+    "set_lora_layers",
     "set_trainable",
     "standardized",
     "strategy_of",
@@ -75,6 +77,23 @@ def assign(variable, other):
 def set_trainable(layer, trainable):
     """Sets `layer.trainable`, and not that of its sublayers and variables, which the public property sets too."""
     layer._trainable = trainable
+
+
+def lora_layers(layer):
+    """The layers to which a backbone of KerasHub (read in 0.32) has given LoRA; of any other layer, none."""
+    numbers = getattr(layer, "_lora_enabled_layers", None) or []
+    return [_with_weights(layer)[number] for number in numbers]
+
+
+def set_lora_layers(backbone, layers):
+    """Has a backbone of KerasHub save the LoRA weights of `layers`, which it finds by number."""
+    numbers = {id(layer): number for number, layer in enumerate(_with_weights(backbone))}
+    backbone._lora_enabled_layers = [numbers[id(layer)] for layer in layers]
+    backbone._lora_rank = layers[0].lora_rank
+
+
+def _with_weights(backbone):
+    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
 
 def has_seed(layer):

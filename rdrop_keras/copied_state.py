@@ -22,11 +22,9 @@ def copy_state(source, target):
     for old, new in pairs:
         _copy_layer(old, new)
     for old, new in pairs:
-        if getattr(old, "_lora_enabled_layers", None):  # A backbone of KerasHub, which counts layers with weights.
-            counted = [layer for layer in _keras.all_layers(new)[1:] if layer.weights]
-            of_old = [layer for layer in _keras.all_layers(old)[1:] if layer.weights]
-            new._lora_rank = old._lora_rank
-            new._lora_enabled_layers = [counted.index(pairs.of(of_old[i])) for i in old._lora_enabled_layers]
+        with_lora = _keras.lora_layers(old)
+        if with_lora:
+            _keras.set_lora_layers(new, [pairs.of(layer) for layer in with_lora])
 
 
 class _Pairs:
