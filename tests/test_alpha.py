@@ -258,13 +258,17 @@ def test_assignment_errors():
     for value in (ramp, KLBudget(0.1)):
         with pytest.raises(TypeError, match=r"`alpha` can be assigned a number only.*Make a new RDropModel"):
             RDropModel(mlp()).alpha = value
-        with pytest.raises(TypeError, match=r"`alpha` can be assigned only where it is a number.*Make a new RDropModel"):
+        with pytest.raises(
+            TypeError, match=r"`alpha` can be assigned only where it is a number.*Make a new RDropModel"
+        ):
             RDropModel(mlp(), value).alpha = 2.0
     fixed = {"every": 2, "num_passes": 3, "share": "nothing", "divergence": "js", "dropout_rates": (0.1, 0.2)}
     for name, value in {**fixed, "model": mlp()}.items():
         model = RDropModel(mlp())
         before = getattr(model, name)
-        with pytest.raises(AttributeError, match=rf"`{name}` of an RDropModel is fixed when it is made. Make a new one"):
+        with pytest.raises(
+            AttributeError, match=rf"`{name}` of an RDropModel is fixed when it is made. Make a new one"
+        ):
             setattr(model, name, value)
         assert getattr(model, name) is before
 
