@@ -7,7 +7,8 @@ attribute of Keras, except the overrides in `model.py`, which say so.
 import contextlib
 
 import keras
-from keras.src.backend import AutocastScope, get_keras_mask, is_float_dtype, set_keras_mask
+from keras.src.backend import AutocastScope, compute_output_spec, get_keras_mask, is_float_dtype, set_keras_mask
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
 
@@ -22,6 +23,7 @@ __all__ = [
     "call",
     "call_context",
     "children",
+    "compute_output_spec",
     "converted",
     "copied_operation",
     "copy_annotations",
@@ -38,6 +40,7 @@ __all__ = [
     "nodes",
     "operation_fn",
     "operations",
+    "output_spec",
     "own_variables",
     "packed_outputs",
     "reference_order",
@@ -224,6 +227,18 @@ def takes_training(layer):
 def call(model, inputs, training):
     """`model(inputs)`, with `training` if its `call` takes that."""
     return model(inputs, training=training) if takes_training(model) else model(inputs)
+
+
+def output_spec(model, specs, training):
+    """The KerasTensors that `model` gives for inputs like `specs`, in the middle of a step too."""
+    # JAX's programs hold the values of variables, which have none of their own meanwhile.
+    values = [(variable, variable.value) for variable in model.variables] if in_stateless_scope() else []
+
+    def run(inputs):
+        with keras.StatelessScope(values):
+            return call(model, inputs, training)
+
+    return compute_output_spec(run, specs)
 
 
 def strategy_of(model):

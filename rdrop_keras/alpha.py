@@ -5,7 +5,10 @@ import numbers
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
+
+from rdrop_keras import _keras, replicas
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
@@ -78,27 +81,106 @@ def make(alpha, model):
     """What gives `model`, an `RDropModel`, its α at each step."""
     if isinstance(alpha, KLBudget):
         return Budgeted(alpha, model)
-    return Scheduled(alpha, model) if callable(alpha) else Fixed(float(alpha))
+    return Scheduled(alpha, model) if callable(alpha) else Fixed(alpha, model)
 
 
-class Fixed:
-    """The α of a number."""
+class _Alpha:
+    """What gives a model its α at each step.
 
-    def __init__(self, alpha):
-        self.alpha = alpha
+    Attributes:
+        given: What the user gave: a number, a function of the step or a `KLBudget`.
+        moves: Whether α changes by itself from step to step.
+        variables: `{name: variable}` of what is saved with the model.
+    """
+
+    moves = True
+
+    def __init__(self, given):
+        self.given = given
         self.variables = {}
 
     def current(self):
-        return self.alpha
+        """α at the step under way, a scalar."""
+        raise NotImplementedError
 
-    def observe(self, consistency):
-        pass
+    def observe(self, consistency, weight):
+        """Takes note of a step's consistency loss; `weight` returns the sum of the weights of what it is a mean of."""
 
     def end_step(self):
-        pass
+        """Takes note that a step of training has been made."""
+
+    def end_fit(self):
+        """Warns, once, of what `fit` has shown to be wrong with α."""
+
+    def assign(self, alpha):
+        """Makes `alpha` the α of the steps to come."""
+        raise TypeError(
+            f"`alpha` can be assigned only where it is a number. This RDropModel has alpha={self.given!r}, which moves "
+            f"by itself. {_NEW_MODEL} Received: alpha={alpha!r} ({type(alpha).__name__})."
+        )
+
+    def write(self):
+        """Puts into the variables what was assigned to them while Keras had their values in a program."""
+
+    def save(self, store):
+        for name, variable in self.variables.items():
+            store[name] = variable
+
+    def load(self, store):
+        names = set(store.keys())
+        for name, variable in self.variables.items():
+            if name in names:
+                variable.assign(store[name])
 
 
-class Scheduled:
+class Fixed(_Alpha):
+    """The α of a number. It is a variable, so that another can be assigned without a new program.
+
+    A number that was assigned is saved with the model's weights, as a learning rate is; the one that the model was
+    made with is not, so that weights can be loaded into a model with an α of its own.
+    """
+
+    moves = False
+
+    def __init__(self, alpha, model):
+        super().__init__(float(alpha))
+        self._assigned = False
+        if self.given:
+            self._variable = _add_scalar(model, "alpha", self.given)
+
+    def current(self):
+        return ops.convert_to_tensor(self._variable)
+
+    def assign(self, alpha):
+        check_alpha(alpha)
+        if _is_moving(alpha):
+            raise TypeError(
+                "`alpha` can be assigned a number only, not what moves by itself. "
+                f"{_NEW_MODEL} Received: alpha={alpha!r} ({type(alpha).__name__})."
+            )
+        if (alpha == 0) != (self.given == 0):
+            raise ValueError(
+                "`alpha` cannot be changed from 0 or to 0, which is plain training, by assignment. "
+                f"{_NEW_MODEL} Received: alpha={alpha!r}, in place of {self.given!r}."
+            )
+        self.given = float(alpha)
+        self._assigned = True
+        self.write()
+
+    def write(self):
+        if self._assigned and self.given:
+            self._variable.assign(self.given)
+
+    def save(self, store):
+        if self._assigned and self.given:
+            store["alpha"] = np.array(self.given)
+
+    def load(self, store):
+        if "alpha" in set(store.keys()) and self.given:
+            self.assign(float(np.array(store["alpha"])))
+
+
+class Scheduled(_Alpha):
     """The α of a function of the training step.
 
     Args:
@@ -107,77 +189,134 @@ class Scheduled:
     """
 
     def __init__(self, schedule, model):
-        self.schedule = schedule
-        self.step = model.add_weight(
-            name="step", shape=(), dtype="int32", initializer="zeros", trainable=False, aggregation="only_first_replica"
-        )
+        super().__init__(schedule)
+        self.step = _add_scalar(model, "step", 0)
+        self._held = _add_scalar(model, "held", 0)
+        self._warned = False
         self.variables = {"step": self.step}
         check_number("alpha(0)", float(ops.convert_to_numpy(self._at(ops.convert_to_tensor(0, "int32")))))
+        self._check_symbolic()
 
     def current(self):
-        return self._at(ops.convert_to_tensor(self.step))
-
-    def observe(self, consistency):
-        pass
+        alpha = self._at(ops.convert_to_tensor(self.step))
+        valid = ops.logical_and(ops.isfinite(alpha), alpha >= 0)
+        self._held.assign_add(1 - ops.cast(valid, "int32"))
+        return ops.where(valid, alpha, ops.zeros_like(alpha))
 
     def end_step(self):
         self.step.assign_add(1)
 
+    def end_fit(self):
+        steps = int(ops.convert_to_numpy(self._held))
+        if steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"`alpha` must be a finite number ≥ 0 at every step, and was not at {steps} of the steps so far; there "
+                f"it was taken for 0. Received: alpha={self.given!r}. Bound it, for example by `keras.ops.maximum`.",
+                stacklevel=4,
+            )
+
     def _at(self, step):
-        alpha = ops.convert_to_tensor(self.schedule(step), dtype="float32")
+        alpha = ops.convert_to_tensor(self.given(step), dtype="float32")
         if len(alpha.shape) != 0:
             raise ValueError(
                 f"`alpha` must be a scalar at every step. Received: a tensor of shape {tuple(alpha.shape)} from "
-                f"alpha={self.schedule!r}."
+                f"alpha={self.given!r}."
             )
         return alpha
 
+    def _check_symbolic(self):
+        if keras.backend.backend() == "torch":  # Runs it as Python, in each step anew.
+            return
+        try:
+            _keras.compute_output_spec(self._at, keras.KerasTensor((), dtype="int32"))
+        except Exception as error:
+            raise ValueError(
+                "`alpha` must be a function of the training step, an integer tensor, that is written in `keras.ops`, "
+                "since it is compiled with the step: `keras.ops.where(step < 100, 1.0, 5.0)` in place of a Python "
+                f"`if`, `keras.ops.cast` in place of `float`. Received: alpha={self.given!r}, which raised "
+                f"{type(error).__name__}."
+            ) from error
 
-class Budgeted:
+
+class Budgeted(_Alpha):
     """The α of a `KLBudget`, kept among the variables of `model`."""
 
     def __init__(self, budget, model):
-        self.budget = budget
+        super().__init__(budget)
         self._warned = False
-        self.alpha = model.add_weight(
-            name="alpha",
-            shape=(),
-            dtype="float32",
-            initializer=keras.initializers.Constant(budget.initial),
-            trainable=False,
-            aggregation="mean",
-        )
+        self.alpha = _add_scalar(model, "alpha", budget.initial, aggregation="mean")
         self.variables = {"alpha": self.alpha}
 
     def current(self):
         # Clipped when read: clipped when written, the mean over replicas would not be that of one device.
-        return ops.clip(ops.convert_to_tensor(self.alpha), 0.0, self.budget.maximum)
+        return ops.clip(ops.convert_to_tensor(self.alpha), 0.0, self.given.maximum)
 
-    def observe(self, consistency):
-        excess = ops.cast(consistency, "float32") / self.budget.target - 1.0
+    def observe(self, consistency, weight):
+        excess = ops.cast(consistency, "float32") / self.given.target - 1.0
         alpha = self.current()
-        moved = alpha + self.budget.step * excess
-        # A step whose loss is not finite, as loss scaling meets them, says nothing of α.
-        self.alpha.assign(ops.where(ops.isfinite(excess), moved, alpha))
+        moved = alpha + self.given.step * excess
+        # A step whose loss is not finite, as loss scaling meets them, says nothing of α; nor does one without weights.
+        says_something = ops.logical_and(ops.isfinite(excess), replicas.total(weight()) > 0)
+        self.alpha.assign(ops.where(says_something, moved, alpha))
 
-    def end_step(self):
-        pass
-
-    def warn_at_maximum(self):
-        """Warns, once, if α has come to rest at `maximum`."""
-        if not self._warned and float(ops.convert_to_numpy(self.alpha)) >= self.budget.maximum:
+    def end_fit(self):
+        if not self._warned and float(ops.convert_to_numpy(self.alpha)) >= self.given.maximum:
             self._warned = True
             warnings.warn(
-                f"α has reached the maximum of {self.budget} and the consistency loss is still above its target. Give "
+                f"α has reached the maximum of {self.given} and the consistency loss is still above its target. Give "
                 "a higher `target` or `maximum`, or lower the dropout rates.",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+def check_alpha(alpha):
+    """Raises if `alpha` is nothing that an `RDropModel` takes for α."""
+    choices = "a number ≥ 0, a LearningRateSchedule, a KLBudget or a function"
+    if isinstance(alpha, type):
+        raise TypeError(
+            f"`alpha` must be {choices}. Received: alpha={alpha.__name__}, the class. Call it with its arguments."
+        )
+    if _is_moving(alpha):
+        return
+    if not is_number(alpha):
+        raise TypeError(f"`alpha` must be {choices}. Received: alpha={alpha!r} ({type(alpha).__name__}).")
+    check_number("alpha", alpha)
 
 
 def check_number(name, value):
     """Raises if `value` is not a finite number ≥ 0."""
     received = f"Received: {name}={value!r} ({type(value).__name__})."
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"`{name}` must be a number ≥ 0. {received}")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"`{name}` must be a finite number ≥ 0. {received}")
+
+
+def is_number(value):
+    """Whether `value` is a real number: Python's, NumPy's, or a NumPy array of shape ()."""
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value[()]
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+_NEW_MODEL = (
+    "Make a new RDropModel around the same `.model` and compile it: `RDropModel(model.model, alpha=...)` goes on from "
+    "its weights."
+)
+
+
+def _is_moving(alpha):
+    return callable(alpha) or isinstance(alpha, KLBudget)
+
+
+def _add_scalar(model, name, value, aggregation="only_first_replica"):
+    """Adds a variable of `model` that is no weight: a number of type int or float."""
+    return model.add_weight(
+        name=name,
+        shape=(),
+        dtype="int32" if isinstance(value, int) else "float32",
+        initializer=keras.initializers.Constant(value),
+        trainable=False,
+        aggregation=aggregation,
+    )

@@ -3,10 +3,11 @@
 import numbers
 
 import keras
+import numpy as np
 from keras import tree
 
 from rdrop_keras import _keras, divergences, preprocessing
-from rdrop_keras.alpha import KLBudget, check_number
+from rdrop_keras.alpha import is_number
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -32,17 +33,6 @@ def check_model(model, wrapper):
                 f"`{type(model).__name__}` overrides `{method}`, which an RDropModel around it would pass by. Override "
                 f"`{method}` in a subclass of RDropModel instead, where `self.model` is the wrapped model."
             )
-
-
-def check_alpha(alpha):
-    if callable(alpha) or isinstance(alpha, KLBudget):
-        return
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(
-            "`alpha` must be a number ≥ 0, a LearningRateSchedule, a KLBudget or a function. "
-            f"Received: alpha={alpha!r} ({type(alpha).__name__})."
-        )
-    check_number("alpha", alpha)
 
 
 def check_divergence(divergence):
@@ -71,25 +61,19 @@ def check_integer(name, value, least):
 def check_dropout_rates(rates, num_passes):
     if rates is None:
         return
+    if isinstance(rates, np.ndarray) and rates.ndim == 1:
+        rates = rates.tolist()
     received = f"Received: dropout_rates={rates!r}."
     must = "`dropout_rates` must be None or a tuple with a rate for each pass, from 0 to less than 1, not all 0."
     if not isinstance(rates, (list, tuple)):
         raise TypeError(f"{must} {received}")
     for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        if not is_number(rate):
             raise TypeError(f"{must} {received}")
     if len(rates) != num_passes:
         raise ValueError(f"{must} With num_passes={num_passes} it has {len(rates)}. {received}")
     if not all(0 <= rate < 1 for rate in rates) or not any(rates):
         raise ValueError(f"{must} {received}")
-
-
-def check_built(model, dropout_rates):
-    if dropout_rates is not None and not model.built:
-        raise ValueError(
-            "`dropout_rates` needs the layers of `model`, which are made when it is built: call it on a batch first. "
-            f"Received: model={model.name!r} ({type(model).__name__}), not built."
-        )
 
 
 def check_share(share):

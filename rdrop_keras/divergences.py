@@ -162,11 +162,16 @@ class Divergence:
             it from the compiled loss, and is −1 where that has none.
 
     Raises:
-        ValueError: For an unknown `name`.
+        ValueError: For an unknown `name`, a `from_logits` that is no bool, or an `axis` of 0.
 
     Called with the outputs of m passes, a list of tensors of shape `(batch, …)` or one tensor of shape
     `(m, batch, …)`, it returns their divergence, of shape `(batch, …)` without `axis`. It is then an error if
-    `from_logits` is needed and not given, or if there are fewer than two passes or two classes.
+    `from_logits` is needed and not given, if the outputs have no such `axis`, or if there are fewer than two passes or
+    two classes.
+
+    Logits may be as large as float32 holds and −inf. A class whose logit is −inf in all passes counts 0. One that is
+    −inf in some passes only has an infinite `"kl"` in theory: its logit is taken for −1e30, which gives a value of that
+    size, no NaN, and differences between logits beyond ±1e30 are not told apart.
 
     Example:
 
@@ -179,7 +184,7 @@ class Divergence:
     def __init__(self, name, from_logits=None, axis=None):
         if name not in _FUNCTIONS:
             raise ValueError(f"A divergence must be one of {', '.join(map(repr, NAMES))}. Received: name={name!r}.")
-        if from_logits not in (None, True, False):
+        if from_logits is not None and not isinstance(from_logits, bool):
             raise ValueError(f"`from_logits` must be True, False or None. Received: from_logits={from_logits!r}.")
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis == 0):
             raise ValueError(
@@ -209,6 +214,7 @@ class Divergence:
         passes = [ops.cast(output, keras.backend.result_type(output.dtype, "float32")) for output in passes]
         if len(passes[0].shape) == 1:
             passes = [ops.expand_dims(output, axis=-1) for output in passes]  # As Keras's losses see one output a row.
+        self.check_axis(passes[0].shape)
         axis = -1 if self.axis is None else self.axis
         if self.name in ("js", "kl") and passes[0].shape[axis] == 1:
             raise ValueError(
@@ -216,6 +222,15 @@ class Divergence:
                 f"Received: outputs of shape {tuple(passes[0].shape)} (batch, …), axis={self.axis}."
             )
         return _FUNCTIONS[self.name](passes, self.from_logits, axis)
+
+    def check_axis(self, shape):
+        """Raises if outputs of `shape`, `(batch, …)`, have no axis `axis` behind the batch."""
+        rank = max(len(shape), 2)  # One output a row has an axis of its own, as for Keras's losses.
+        if self.axis is not None and not 0 < self.axis % rank == self.axis + rank * (self.axis < 0):
+            raise ValueError(
+                f"`axis` must be one of an output's axes behind the batch, 1 to {rank - 1} or -1 to {1 - rank}. "
+                f"Received: axis={self.axis} with an output of shape {tuple(shape)} (batch, …)."
+            )
 
     def decisions(self, output):
         """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` whether it is likely."""

@@ -8,7 +8,6 @@ to run once or for every pass. It runs the model's own layers and owns nothing: 
 
 import contextlib
 import difflib
-import functools
 import math
 
 import keras
@@ -17,7 +16,7 @@ from keras import tree
 from rdrop_keras import _keras, pairing, stochastic
 
 # Batch sizes at which shapes are run: an axis that follows both is the batch.
-_BATCH_SIZES = (2, 3)
+BATCH_SIZES = (2, 3)
 
 
 class Step:
@@ -71,12 +70,17 @@ class _Nested:
 class PairedGraph:
     """The calls of `model`, each marked to run once or for every pass.
 
+    Attributes:
+        steps: The calls, a list of `Step`, in an order in which they can run.
+        separate: Why the passes must run one after another and not as rows of one batch; None if they need not.
+
     Args:
         model: A built `keras.Model`. Of one that is no graph of layers, nothing is shared.
         share: `"deterministic"`, `"nothing"`, or the name of a layer.
 
     Raises:
-        ValueError: If `share` names no layer or more than one, or leaves nothing random or no batch after it.
+        ValueError: If `share` names no layer or more than one, or leaves nothing random or no batch after it; if a
+            layer that runs for every pass keeps a state for each row.
     """
 
     def __init__(self, model, share):
@@ -94,16 +98,19 @@ class PairedGraph:
             whole = Step(model.name, model, None, {}, [])
             whole.repeat(f"{type(model).__name__} is no graph of layers: its call is its own")
             self.steps = [whole]
+            self.separate = self._why_separate(None)
             return
         self._inputs = [self._slot() for _ in self._functional.inputs]
         self._program, self._outputs = self._trace(self._functional, self._inputs, "")
         steps = list(_flat(self._program))
         self.steps = [step for step in steps if not isinstance(step, _Conversion)]
+        shapes = [self._shapes(steps, size) for size in BATCH_SIZES]
         if share == "nothing":
             for step in steps:
                 step.repeat("share='nothing'")
         else:
-            self._mark(steps, set() if share == "deterministic" else self._up_to(steps, share))
+            self._mark(steps, set() if share == "deterministic" else self._up_to(steps, share), shapes)
+        self.separate = self._why_separate(shapes)
 
     @property
     def knows_layers(self):
@@ -123,26 +130,27 @@ class PairedGraph:
         once = num_parameters(weight for key, weight in weights.items() if key not in repeated)
         percent = f" ({once / total:.1%} of the parameters)" if total else ""
         count = sum(not step.repeated for step in self.steps)
-        return f"{count} of {len(self.steps)} layer calls{percent} run once for all passes, share={self.share!r}"
+        separate = f"; the others run for one pass after another: {self.separate}" if self.separate else ""
+        return (
+            f"{count} of {len(self.steps)} layer calls{percent} run once for all passes, share={self.share!r}{separate}"
+        )
 
-    def __call__(self, inputs, num_passes, training, rates=None):
+    def __call__(self, inputs, num_passes, training, at_rates=None):
         """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`.
 
         Args:
             inputs: What the model is called with.
             num_passes: m.
             training: As of the model.
-            rates: `(DropoutRates, a rate for each pass)`: the passes then run one after another, each at its rate, and
-                batch normalization behind the first dropout sees them one by one.
+            at_rates: For each pass a function from an operation to a context in which its calls run. The passes then
+                run one after another, and batch normalization behind the first dropout sees them one by one.
         """
         once = dict(zip(self._inputs, _keras.standardized(self.model, self._functional, inputs)))
         with _keras.call_context(self.model, training), _keras.autocast_scope(self.model):
             self._run(self._program, _Tensors(once, 1), training, repeated=False)
-            if rates is None:
+            if at_rates is None:
                 return self._run_passes(_Tensors(once, num_passes), training)
-            dropout, of_passes = rates
-            at = [functools.partial(dropout.at, rate) for rate in of_passes]
-            return pairing.concatenate([self._run_passes(_Tensors(once, 1), training, at_rate) for at_rate in at])
+            return pairing.concatenate([self._run_passes(_Tensors(once, 1), training, at_rate) for at_rate in at_rates])
 
     def _run_passes(self, tensors, training, at_rate=contextlib.nullcontext):
         self._run(self._program, tensors, training, repeated=True, at_rate=at_rate)
@@ -208,6 +216,7 @@ class PairedGraph:
                 s.name for s in self.steps if any(share == layer.name for layer in _keras.all_layers(s.operation))
             ]
             short = {name.rpartition("/")[2]: name for name in names}
+            short.update({"deterministic": "deterministic", "nothing": "nothing"})
             close = [short[name] for name in difflib.get_close_matches(share.rpartition("/")[2], short, n=5)]
             hint = (
                 f"More than one has it: {', '.join(map(repr, paths))}."
@@ -230,7 +239,7 @@ class PairedGraph:
                 waiting.extend(producers[slot] for slot in step.inputs.values() if slot in producers)
         return needed
 
-    def _mark(self, steps, once):
+    def _mark(self, steps, once, shapes):
         """Marks the steps to repeat; those in `once` are not."""
         for step in once:
             step.reason = f"up to {self.share!r}"
@@ -244,7 +253,7 @@ class PairedGraph:
                 f"identical. Received: share={self.share!r}. Name an earlier layer."
             )
         producers = {slot: step for step in steps for slot in step.outputs}
-        batch = self._batch_slots(steps)
+        batch = {slot for slot, pair in _pairs(shapes) if follows_batch(pair)}
         changed = True
         while changed:
             changed = False
@@ -266,38 +275,97 @@ class PairedGraph:
                 source.repeat("axis 0 of its output is not known to be the batch")
                 changed = True
 
-    def _batch_slots(self, steps):
-        """The slots of tensors whose axis 0, and no other, follows the batch size."""
-        runs = [self._shapes(steps, size) for size in _BATCH_SIZES]
-        return {
-            slot
-            for slot in runs[0]
-            if all(shapes.get(slot) and shapes[slot][0] == size for shapes, size in zip(runs, _BATCH_SIZES))
-            and runs[0][slot][1:] == runs[1][slot][1:]
-        }
-
     def _shapes(self, steps, batch_size):
-        """`{slot: shape}` as far as the steps that need not be repeated can be run symbolically."""
-        specs = {
-            slot: keras.KerasTensor((batch_size, *tensor.shape[1:]), dtype=tensor.dtype, sparse=tensor.sparse)
-            for slot, tensor in zip(self._inputs, self._functional.inputs)
-            if tensor.shape
-        }
+        """`{slot: shape}` as far as the steps can be run symbolically; None in a shape is an axis of unknown size."""
+        declared = {None, *(tensor.shape[0] for tensor in self._functional.inputs if tensor.shape)}
+
+        def resized(tensor):
+            first = [batch_size if size in declared else size for size in tensor.shape[:1]]
+            return keras.KerasTensor((*first, *tensor.shape[1:]), dtype=tensor.dtype, sparse=tensor.sparse)
+
+        specs = {slot: resized(tensor) for slot, tensor in zip(self._inputs, self._functional.inputs) if tensor.shape}
         for step in steps:
-            if step.repeated or not all(slot in specs for slot in step.inputs.values() if slot is not None):
+            if not all(slot in specs for slot in step.inputs.values() if slot is not None):
                 continue
             values = {tensor: specs.get(slot) for tensor, slot in step.inputs.items()}
             if isinstance(step, _Conversion):
                 spec = next(iter(values.values()))
                 outputs = [keras.KerasTensor(spec.shape, dtype=step.reference.dtype, sparse=spec.sparse)]
+            elif stochastic.treats_rows_alike(step.operation) and all(
+                spec.shape[:1] == (batch_size,) for spec in values.values() if spec is not None
+            ):
+                outputs = [resized(tensor) for tensor in step.node.outputs]
             else:
                 args, kwargs = step.node.arguments.fill_in(values)
                 try:
                     outputs = tree.flatten(step.operation.compute_output_spec(*args, **kwargs))
-                except Exception:  # Of any kind: what cannot be run is not proven, and is tiled before.
+                except Exception:  # Of any kind: what cannot be run is not proven.
                     continue
             specs.update(zip(step.outputs, outputs))
         return {slot: spec.shape for slot, spec in specs.items()}
+
+    def _why_separate(self, shapes):
+        """Why the steps that run for every pass must do so one pass after another; None if they need not."""
+        known = dict(_pairs(shapes)) if shapes else {}
+        for step in self.steps:
+            if not step.repeated:
+                continue
+            stochastic.check_stateless(step.operation)
+            layer = stochastic.drawing_once_a_batch(step.operation)
+            if layer is not None:
+                return f"{layer.name!r} draws once for a whole batch"
+            if _relates_rows(step, known):
+                return f"{step.name!r} relates rows of a batch to each other"
+        return None
+
+
+def _relates_rows(step, known):
+    """Whether an output row of `step` depends on several rows of the batch, as far as `known`, `{slot: shapes}`, tells.
+
+    `known` has the shapes at both batch sizes of all tensors whose shapes could be found.
+    """
+    inputs = [slot for slot in step.inputs.values() if slot is not None]
+    varying = [slot for slot in inputs if slot in known and known[slot][0] != known[slot][1]]
+    if not varying or not all(slot in known for slot in inputs):
+        return False
+    if _axis_is_batch(step, known):
+        return True
+    if stochastic.treats_rows_alike(step.operation) and all(follows_batch(known[slot]) for slot in inputs):
+        return False
+    # A batch of rows that were cut into equal parts is one too, such as (N · length, channels).
+    return not all(slot in known and _is_proportional(known[slot]) for slot in step.outputs)
+
+
+def _axis_is_batch(step, known):
+    """Whether the operation works along axis 0 of a tensor on which that is the batch."""
+    axes = getattr(step.operation, "axis", None)
+    axes = axes if isinstance(axes, (list, tuple)) else [axes]
+    arguments = tree.flatten(step.node.arguments.args[:1]) if step.node is not None else []
+    slots = [step.inputs.get(id(tensor)) for tensor in arguments]
+    ranks = [len(known[slot][0]) for slot in slots if slot in known and follows_batch(known[slot])]
+    return any(axis in (0, -rank) for axis in axes for rank in ranks)
+
+
+def _is_proportional(pair):
+    """Whether axis 0, and no other, grows with the batch, or is of unknown size, as some layers declare theirs."""
+    first, second = pair
+    if not first or first[1:] != second[1:]:
+        return False
+    if None in (first[0], second[0]):
+        return first[0] == second[0]
+    return first[0] * BATCH_SIZES[1] == second[0] * BATCH_SIZES[0]
+
+
+def follows_batch(pair):
+    """Whether of the shapes of a tensor at the two `BATCH_SIZES` axis 0, and no other, is the batch."""
+    first, second = pair
+    return (first[:1], second[:1]) == tuple((size,) for size in BATCH_SIZES) and first[1:] == second[1:]
+
+
+def _pairs(shapes):
+    """`(slot, shapes at the two batch sizes)` of all slots known at both."""
+    first, second = shapes
+    return [(slot, (shape, second[slot])) for slot, shape in first.items() if slot in second]
 
 
 class _Tensors:

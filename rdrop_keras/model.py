@@ -5,10 +5,11 @@ It decides when a step is paired. How the passes are made is in `pairing.py`, th
 
 import contextlib
 import functools
+import warnings
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from rdrop_keras import (
     _keras,
@@ -19,11 +20,10 @@ from rdrop_keras import (
     preprocessing,
     random_state,
     replicas,
-    stochastic,
 )
 from rdrop_keras import alpha as alphas
-from rdrop_keras.graph import PairedGraph
 from rdrop_keras.objective import RDropLoss
+from rdrop_keras.passes import Passes
 
 
 def _preprocessed(method):
@@ -37,11 +37,16 @@ def _preprocessed(method):
                 result = plain(self, *args, **kwargs)
             else:
                 result = preprocessing.run(method, self.model, self, args, kwargs)
-        if method == "fit" and isinstance(self._alpha, alphas.Budgeted):
-            self._alpha.warn_at_maximum()
+        if method == "fit":
+            self._alpha.end_fit()
+            self._warn_of_equal_passes(result)
         return result
 
     return call
+
+
+# What an RDropModel is made with and keeps. α alone can be assigned.
+_FIXED = ("model", "divergence", "num_passes", "every", "dropout_rates", "share")
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
@@ -124,7 +129,7 @@ class RDropModel(keras.Model):
         name=None,
     ):
         arguments.check_model(model, RDropModel)
-        arguments.check_alpha(alpha)
+        alphas.check_alpha(alpha)
         arguments.check_divergence(divergence)
         arguments.check_integer("num_passes", num_passes, least=2)
         arguments.check_integer("every", every, least=1)
@@ -133,7 +138,6 @@ class RDropModel(keras.Model):
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         arguments.check_strategy(model, self)
-        self.alpha = alpha if callable(alpha) or isinstance(alpha, alphas.KLBudget) else float(alpha)
         self.divergence = divergence
         self.num_passes = int(num_passes)
         self.every = int(every)
@@ -141,46 +145,49 @@ class RDropModel(keras.Model):
         self.share = share
         self.model = model
         self.built = model.built
-        self._plain = self.alpha == 0
         self._alpha = alphas.make(alpha, self)
-        names = ["task_loss", "consistency_loss", *(["alpha"] if self._alpha.variables else [])]
+        self._plain = self.alpha == 0
+        names = ["task_loss", "consistency_loss", *(["alpha"] if self._alpha.moves else [])]
         self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
         # `alpha=0` draws nothing that the model alone would not draw.
         self._torch_seed = None if self._plain else random_state.torch_seed()
         # By this Keras's trainers (3.15.1) decide whether to pass `training`: the answer is the model's.
         self._call_has_training_arg = _keras.takes_training(model)
         self._evaluating = False
+        self._warned_of_equal_passes = False
         self._num_steps = 0  # Steps made, by which `every` counts. No variable: it decides which program runs.
         self._paired = True  # Whether the step under way is one of R-Drop.
-        self._graph = None
-        self._rates = None
-        if not self._plain and model.built:
-            self._make_graph()
-        elif not self._plain and not isinstance(model, keras.Sequential):
-            PairedGraph(model, share)  # For its errors: no graph will come of this model, but its layers are not known.
-            arguments.check_built(model, dropout_rates)
+        self._passes = None if self._plain else Passes(model, share, self.dropout_rates)
+
+    @property
+    def alpha(self):
+        return self._alpha.given
+
+    @alpha.setter
+    def alpha(self, alpha):
+        self._alpha.assign(alpha)
+
+    def __setattr__(self, name, value):
+        if name in _FIXED and hasattr(self, name):
+            raise AttributeError(
+                f"`{name}` of an RDropModel is fixed when it is made. Make a new one around the same `.model` and "
+                f"compile it: `RDropModel(model.model, {name}=...)` goes on from its weights."
+                if name != "model"
+                else "`model` of an RDropModel is fixed when it is made. Make a new one around the other model and "
+                "compile it: `RDropModel(other, alpha=...)`."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def weights(self):
+        # Those of the wrapped model: α and its step are variables for Keras's programs, as random states are.
+        return self.model.weights
 
     def call(self, inputs, training=None):
         num_passes = pairing.passes_in_step()
         if num_passes == 1:
             return _keras.call(self.model, inputs, training)
-        if self._graph is None and isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
-            self.model.build(tuple(inputs.shape))
-            self._make_graph()
-        # With rates the graph runs layer by layer also where it shares nothing: each layer is at a rate by itself.
-        if self._graph is not None and (self._graph.shares or (self._rates and self._graph.knows_layers)):
-            return self._graph(inputs, num_passes, training, self._rates)
-        if self._rates is not None:
-            rates, of_passes = self._rates
-            outputs = []
-            for rate in of_passes:
-                with rates.at(rate, self.model):
-                    outputs.append(_keras.call(self.model, inputs, training))
-            return pairing.concatenate(outputs)
-        outputs = _keras.call(self.model, pairing.tile(inputs, num_passes), training)
-        if self._graph is None:  # Now that all layers exist.
-            self._make_graph()
-        return outputs
+        return self._passes(inputs, num_passes, training)
 
     def stateless_call(self, *args, **kwargs):
         # Keras's JAX trainer (3.15.1) calls `model.call` itself, with no call context: in a model that does not hand
@@ -194,6 +201,12 @@ class RDropModel(keras.Model):
             ValueError: If there is no `loss`, of which R-Drop needs one unless `alpha=0`; if the divergence of an
                 output cannot be told from it; if `steps_per_execution` is above 1 while `every` is.
         """
+        if (isinstance(optimizer, str) and optimizer == "auto") or (isinstance(loss, str) and loss == "auto"):
+            raise ValueError(
+                "'auto' is for KerasHub's tasks to choose by; an RDropModel around one must be told: "
+                "`compile(keras.optimizers.Adam(5e-5), keras.losses.SparseCategoricalCrossentropy(from_logits=True))` "
+                f"is what most classifiers choose. Received: optimizer={optimizer!r}, loss={loss!r}."
+            )
         objective = None
         if not self._plain:
             if all(leaf is None for leaf in tree.flatten(loss)):
@@ -210,17 +223,15 @@ class RDropModel(keras.Model):
                 trackers=self._trackers,
             )
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        if self.every > 1 and self.steps_per_execution > 1:
+        try:
+            self._check_steps_per_execution()
+        except ValueError:
             self.compiled = False
-            raise ValueError(
-                "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
-                "between which an execution of several steps cannot choose. "
-                f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
-            )
+            raise
         if objective is not None:
             self._compile_loss = objective
             if self.model.built:
-                self._make_graph()  # Anew: rates may have changed since the last one.
+                self._passes.refresh()
 
     def compile_from_config(self, config):
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
@@ -228,7 +239,12 @@ class RDropModel(keras.Model):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def jax_state_sync(self):
+        super().jax_state_sync()
+        self._alpha.write()
+
     def make_train_function(self, force=False):
+        self._check_steps_per_execution()
         if self.every == 1 or self._plain:
             super().make_train_function(force)
             return
@@ -261,6 +277,10 @@ class RDropModel(keras.Model):
             return super().train_step(*args)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if y is None and not self._plain:
+            raise ValueError(
+                "The compiled loss needs targets: `fit(x, y)`, or a dataset of `(x, y)`. Received: no `y`."
+            )
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if pairing.in_training_step():
             self._alpha.end_step()
@@ -311,8 +331,8 @@ class RDropModel(keras.Model):
     def summary(self, line_length=None, positions=None, print_fn=None, **kwargs):
         """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
         super().summary(line_length, positions, print_fn, **kwargs)
-        if self._graph is not None:
-            (print_fn or print)(f" R-Drop: {self._graph.summary()}")
+        if self._passes is not None and self._passes.graph is not None:
+            (print_fn or print)(f" R-Drop: {self._passes.graph.summary()}")
 
     def export(self, filepath, *args, **kwargs):
         """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
@@ -320,6 +340,12 @@ class RDropModel(keras.Model):
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """Saves as `keras.Model.save`, whose arguments it takes; an existing file is replaced when the new is whole."""
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "An RDropModel is saved as a `.keras` file, or its weights by `save_weights` as a `.weights.h5` file: "
+                "from the older HDF5 format it could not be loaded. `model.model.save(filepath)` saves the trained "
+                f"model alone. Received: filepath={str(filepath)!r}."
+            )
         if zipped is False:
             super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
             return
@@ -334,22 +360,18 @@ class RDropModel(keras.Model):
     def save_own_variables(self, store):
         random_state.save(store, self.model, self._torch_seed)
         store["num_steps"] = np.array(self._num_steps)
-        for name, variable in self._alpha.variables.items():
-            store[name] = variable
+        self._alpha.save(store)
 
     def load_own_variables(self, store):
         random_state.load(store, self.model, self._torch_seed)
-        names = set(store.keys())
-        if "num_steps" in names:
+        if "num_steps" in set(store.keys()):
             self._num_steps = int(np.array(store["num_steps"]))
-        for name, variable in self._alpha.variables.items():
-            if name in names:
-                variable.assign(store[name])
+        self._alpha.load(store)
 
     def get_config(self):
         return {
             "name": self.name,
-            "model": keras.saving.serialize_keras_object(self.model),
+            "model": _uncompiled(keras.saving.serialize_keras_object(self.model)),
             "alpha": keras.saving.serialize_keras_object(self.alpha),
             "divergence": keras.saving.serialize_keras_object(self.divergence),
             "num_passes": self.num_passes,
@@ -366,11 +388,29 @@ class RDropModel(keras.Model):
         }
         return cls(**{**config, **nested})
 
-    def _make_graph(self):
-        stochastic.check_stochastic(self.model)
-        self._graph = PairedGraph(self.model, self.share)
-        if self.dropout_rates is not None:
-            self._rates = (stochastic.DropoutRates(self.model), self.dropout_rates)
+    def _check_steps_per_execution(self):
+        if self.every > 1 and self.steps_per_execution > 1:
+            raise ValueError(
+                "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
+                "between which an execution of several steps cannot choose. "
+                f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
+            )
+
+    def _warn_of_equal_passes(self, history):
+        """Warns, once, if in an epoch of `fit` no pass ever differed from another."""
+        values = history.history.get("consistency_loss", [])
+        steps = history.params.get("steps") or 0
+        # With `every` an epoch may have no step of R-Drop, and then it has 0.
+        epochs = values if steps >= self.every else [max(values, default=1.0)]
+        if not self._warned_of_equal_passes and 0.0 in epochs:
+            self._warned_of_equal_passes = True
+            warnings.warn(
+                "The passes of R-Drop did not differ: `consistency_loss` was exactly 0 in a whole epoch, and training "
+                "was plain training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole "
+                "batch? A layer of your own should draw for each row. "
+                f"`rdrop_keras.stochastic_layers(model)` lists the layers known to be random. Received: {self.name!r}.",
+                stacklevel=3,
+            )
 
     def _saved_variables(self):
         optimizer = getattr(self, "optimizer", None)
@@ -384,6 +424,13 @@ class RDropModel(keras.Model):
             yield
         finally:
             self._evaluating = before
+
+
+def _uncompiled(config):
+    """The configuration of a model without what it was compiled with, of which its RDropModel has no need."""
+    if isinstance(config, dict):
+        return {key: _uncompiled(value) for key, value in config.items() if key != "compile_config"}
+    return list(map(_uncompiled, config)) if isinstance(config, list) else config
 
 
 def unwrapped(model):

@@ -12,12 +12,10 @@ import numpy as np
 from keras import ops
 
 from rdrop_keras import _keras, pairing, preprocessing, random_state
-from rdrop_keras.alpha import Fixed
 from rdrop_keras.arguments import check_integer
-from rdrop_keras.graph import PairedGraph
 from rdrop_keras.model import RDropModel, unwrapped
 from rdrop_keras.objective import RDropLoss
-from rdrop_keras.stochastic import check_stochastic
+from rdrop_keras.passes import Passes
 
 
 class Estimate(NamedTuple):
@@ -156,12 +154,11 @@ class _Measurement:
                 "`model` must be built: give it an Input, call it on a batch, or train it first. "
                 f"Received: model={model.name!r}, which is not."
             )
-        check_stochastic(wrapped)
         loss = RDropLoss(
             model.loss,
             _keras.loss_weights(model),
             getattr(wrapped, "output_names", None),
-            alpha=Fixed(0.0),
+            alpha=None,
             divergence=model.divergence if isinstance(model, RDropModel) else "auto",
             trackers={},
         )
@@ -200,15 +197,12 @@ class _Probe(keras.Model):
         self.built = True
         self._measured_loss = loss
         self._passes = passes
-        self._graph = PairedGraph(model, "deterministic")
+        self._call_passes = Passes(model)
         self._pairs = list(itertools.combinations(range(passes), 2))
         self._vector = _VectorMean(1 + 2 * passes + 2 * len(self._pairs))
 
     def call(self, inputs, training=None):
-        if self._graph.shares:
-            passes = self._graph(inputs, self._passes, True)
-        else:
-            passes = _keras.call(self.model, pairing.tile(inputs, self._passes), True)
+        passes = self._call_passes(inputs, self._passes, True)
         return {"full": _keras.call(self.model, inputs, False), "passes": passes}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

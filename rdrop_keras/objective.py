@@ -28,11 +28,13 @@ class Terms(NamedTuple):
         consistency: 1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j); 0 of one pass.
         agreement: A function that returns how often two passes decide alike, the weighted fraction averaged over the
             outputs that decide; None if none does.
+        weight: A function that returns the sum of the weights of all elements.
     """
 
     task: object
     consistency: object
     agreement: object
+    weight: object
 
 
 class RDropLoss(_keras.CompileLoss):
@@ -45,7 +47,7 @@ class RDropLoss(_keras.CompileLoss):
 
     Args:
         loss, loss_weights, output_names: As for `CompileLoss`.
-        alpha: What gives α, of `alpha.py`.
+        alpha: What gives α, of `alpha.py`; None where the `terms` alone are asked for.
         divergence: What `RDropModel` takes.
         trackers: `{name: keras.metrics.Mean}`, updated in training: `task_loss` in every step with the mean over passes
             of the compiled loss; in paired steps `consistency_loss` with the consistency term without α, and `alpha`,
@@ -72,12 +74,14 @@ class RDropLoss(_keras.CompileLoss):
     def build(self, y_true, y_pred):
         super().build(y_true, y_pred)
         self.built = False  # Until all is checked: after an error PyTorch's symbolic build tries once more.
-        num_outputs = len(tree.flatten(y_pred))
+        outputs = tree.flatten(y_pred)
+        num_outputs = len(outputs)
         names = list(self.output_names or _keys(y_pred) or range(num_outputs))
         _check_outputs(self.divergence, names)
         positions = tree.pack_sequence_as(y_pred, list(range(num_outputs)))
         seen = set()
         losses = []
+        self._position = None  # Of the first output with a loss, which has the rows of the batch.
         for compiled in self._flat_losses:
             position = positions
             for key in compiled.path:
@@ -92,7 +96,9 @@ class RDropLoss(_keras.CompileLoss):
                 chosen = _choose(self.divergence, compiled.path, position, names[position])
                 name = names[position] if num_outputs > 1 else self.output_names and names[0]
                 divergence = divergences.resolve(chosen, compiled.loss, name)
+                divergence.check_axis(outputs[position].shape)
             seen.add(position)
+            self._position = position if self._position is None else self._position
             losses.append(compiled._replace(loss=_PassesLoss(compiled.loss, compiled.loss_weights, divergence)))
         self._flat_losses = losses
         self.built = True
@@ -101,9 +107,9 @@ class RDropLoss(_keras.CompileLoss):
         if not pairing.in_training_step():
             return super().call(y_true, y_pred, sample_weight)
         num_passes = pairing.passes_in_step()
-        task, consistency, _ = self.terms(y_true, y_pred, sample_weight)
+        task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         # As many rows as Keras counts for `loss`: those of the batch.
-        rows = ops.shape(tree.flatten(y_pred)[0])[0] // num_passes
+        rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
         self._track("task_loss", task, rows)
         if num_passes == 1:
             return task
@@ -111,7 +117,7 @@ class RDropLoss(_keras.CompileLoss):
         self._track("consistency_loss", consistency, rows)
         if "alpha" in self.trackers:
             self.trackers["alpha"].update_state(alpha)
-        self.alpha.observe(replicas.weighed_value(_keras.unscale_loss_for_distribution(consistency)))
+        self.alpha.observe(replicas.weighed_value(_keras.unscale_loss_for_distribution(consistency)), weight)
         return task + alpha / num_passes * consistency
 
     def terms(self, y_true, y_pred, sample_weight=None):
@@ -122,15 +128,24 @@ class RDropLoss(_keras.CompileLoss):
             outputs = _outputs.get()
         finally:
             _outputs.reset(token)
-        deciding = [agreement for _, agreement in outputs if agreement is not None]
+        deciding = [output.agreement for output in outputs if output.agreement is not None]
         return Terms(
             task,
-            sum(term for term, _ in outputs),
+            sum(output.consistency for output in outputs),
             (lambda: sum(agreement() for agreement in deciding) / len(deciding)) if deciding else None,
+            lambda: sum(output.weight() for output in outputs),
         )
 
     def _track(self, name, value, rows):
         self.trackers[name].update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
+
+
+class _OutputTerms(NamedTuple):
+    """What one output adds to `Terms`."""
+
+    consistency: object
+    agreement: object
+    weight: object
 
 
 class _PassesLoss:
@@ -147,14 +162,21 @@ class _PassesLoss:
         num_passes = pairing.passes_in_step()
         if num_passes == 1:
             return self._weighed(self.loss(y_true, y_pred, sample_weight))
+        if not pairing.has_rows(y_pred, num_passes):
+            raise ValueError(
+                "R-Drop needs the batch on axis 0 of every output with a loss. "
+                f"Received: an output of shape {tuple(y_pred.shape)} for {num_passes} passes."
+            )
         passes = pairing.split(y_pred, num_passes)
         if self.divergence is not None:
-            term = self._reduced(self.reduction, self._divergence_of(passes), y_true, passes, sample_weight)
-            term = self._weighed(term)
+            values = self._divergence_of(passes)
+            term = self._weighed(self._reduced(self.reduction, values, y_true, passes, sample_weight))
             agreement = None
             if self.divergence.name != "mse":
                 agreement = functools.partial(self._agreement, y_true, passes, sample_weight)
-            _outputs.get().append((term if self.loss_weight is None else self.loss_weight * term, agreement))
+            weight = functools.partial(self._weight, ops.ones_like(values), y_true, passes, sample_weight)
+            term = term if self.loss_weight is None else self.loss_weight * term
+            _outputs.get().append(_OutputTerms(term, agreement, weight))
         return self._weighed(sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes)
 
     def _weighed(self, term):
@@ -174,6 +196,9 @@ class _PassesLoss:
         alike = alike if self.divergence.name != "bernoulli_kl" else ops.mean(alike, axis=self.divergence.axis)
         fraction = _AsGiven(reduction="mean_with_sample_weight", dtype="float32", name="agreement")
         return self._reduced(fraction, alike, y_true, passes, sample_weight)
+
+    def _weight(self, ones, y_true, passes, sample_weight):
+        return self._reduced(_AsGiven(reduction="sum", dtype="float32"), ones, y_true, passes, sample_weight)
 
     def _reduced(self, reduction, values, y_true, passes, sample_weight):
         """`values`, one for each element of the loss, reduced under the weights and the mask of the loss."""

@@ -39,24 +39,25 @@ def in_training_step():
 
 def tile(tensors, num_passes):
     """Repeats each tensor of a nested structure along axis 0: `(N, …)` to `(mN, …)`; None stays None."""
+    if any(tensor is not None and len(tensor.shape) == 0 for tensor in tree.flatten(tensors)):
+        raise ValueError(
+            "R-Drop repeats the batch, axis 0 of every input. Received: an input of shape (), which has none."
+        )
     return concatenate([tensors] * num_passes)
 
 
 def concatenate(passes):
     """Puts passes, nested structures of `(N, …)` tensors, together to one structure of `(mN, …)`; None stays None.
 
-    Keras's masks and cached logits are put together with their tensors.
+    Keras's masks and cached logits are put together with their tensors. A scalar, which has no rows, is the first
+    pass's.
     """
     if len(passes) == 1:
         return passes[0]
 
     def join(tensors):
-        if tensors[0] is None:
-            return None
-        if len(tensors[0].shape) == 0:
-            raise ValueError(
-                "R-Drop repeats the batch, axis 0 of every input. Received: an input of shape (), which has none."
-            )
+        if tensors[0] is None or len(tensors[0].shape) == 0:
+            return tensors[0]
         return _keras.copy_annotations(tensors, _joined(tensors), _joined)
 
     flat = [tree.flatten(tensors) for tensors in passes]
@@ -66,7 +67,7 @@ def concatenate(passes):
 def split(tensors, num_passes):
     """The passes of each tensor of a nested structure: a list of `num_passes` structures of `(N, …)` tensors.
 
-    Keras's masks and cached logits go with the tensors.
+    Keras's masks and cached logits go with the tensors. What has no rows to split is the same in all passes.
     """
 
     def parts(tensor):
@@ -76,8 +77,8 @@ def split(tensors, num_passes):
         return ops.split(tensor, num_passes, axis=0)
 
     def annotated_parts(tensor):
-        if tensor is None:
-            return [None] * num_passes
+        if tensor is None or not has_rows(tensor, num_passes):
+            return [tensor] * num_passes
         return [
             _keras.copy_annotations([tensor], part, lambda attached, i=i: parts(attached[0])[i])
             for i, part in enumerate(parts(tensor))
@@ -85,6 +86,11 @@ def split(tensors, num_passes):
 
     flat = [annotated_parts(tensor) for tensor in tree.flatten(tensors)]
     return [tree.pack_sequence_as(tensors, [passes[i] for passes in flat]) for i in range(num_passes)]
+
+
+def has_rows(tensor, num_passes):
+    """Whether axis 0 of `tensor` can be the rows of `num_passes` passes."""
+    return len(tensor.shape) > 0 and (tensor.shape[0] is None or tensor.shape[0] % num_passes == 0)
 
 
 def _joined(tensors):

@@ -55,6 +55,12 @@ def weighed_value(value):
     return value if share is None else ops.cast(share, value.dtype) * value
 
 
+def total(value):
+    """The sum of `value` over replicas."""
+    context = _replica_context()
+    return value if context is None else context.all_reduce("SUM", value)
+
+
 def _replica_context():
     """TensorFlow's context of one replica among several, or None."""
     if keras.backend.backend() != "tensorflow":

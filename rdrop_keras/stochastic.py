@@ -31,6 +31,8 @@ _NOT_CALLED = re.compile("_(initializer|regularizer|constraint)$")
 # How Keras and KerasHub name the strength of a layer's randomness. A layer without it is always random.
 _DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
 _RATES = (*_DROPOUT_RATES, "stddev")
+# Layers of Keras that draw one number for all rows of a batch.
+_ONCE_A_BATCH = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomCrop", "RandomElasticTransform")
 # Some draw from Keras's global seed and some make their seed only for a rate above 0: these are known by name.
 _DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise")
 # The only layers whose non-trainable variables are known to leave a shared computation exact. Batch normalization
@@ -76,9 +78,48 @@ def why_stochastic(operation):
     if opaque:
         return f"may be random: {type(opaque[0]).__name__} declares no rdrop_stochastic"
     for layer in layers:
-        if _keras.has_state(layer) and type(layer).__name__ not in _EXACT_STATE and not _is_declared(layer):
+        exact = type(layer).__name__ in _EXACT_STATE or _is_stateful(layer) or _is_declared(layer)
+        if _keras.has_state(layer) and not exact:
             return f"may keep state: {type(layer).__name__} has non-trainable variables"
     return None
+
+
+def treats_rows_alike(operation):
+    """Whether `operation` is known to give each row of outputs from the same row of inputs, all with a batch first."""
+    return isinstance(operation, keras.Layer) and all(map(_is_vouched, _keras.all_layers(operation)))
+
+
+def drawing_once_a_batch(operation):
+    """The first layer in `operation` that draws numbers in which all rows of a batch share, or None."""
+    for layer in _keras.all_layers(operation):
+        noise_shape = getattr(layer, "noise_shape", None)
+        if type(layer).__name__ in _ONCE_A_BATCH or (noise_shape is not None and tuple(noise_shape)[:1] == (1,)):
+            return layer
+    return None
+
+
+def check_stateless(operation):
+    """Raises if `operation`, which is to run for every pass, holds a recurrent layer with a state for each row."""
+    layer = next((layer for layer in _keras.all_layers(operation) if _is_stateful(layer)), None)
+    if layer is not None:
+        raise ValueError(
+            "A recurrent layer with `stateful=True` keeps a state for each row of the batch, and cannot keep one for "
+            "each pass. Put it before the first dropout, name it by `share`, or make it with `stateful=False`. "
+            f"Received: {layer.name!r} ({type(layer).__name__})."
+        )
+
+
+class Rates:
+    """The rates of the layers of `model`, as they were when this was made."""
+
+    def __init__(self, model):
+        self._rates = [
+            (layer, name, rate) for layer in _keras.all_layers(model) for name, rate in _rates(layer).items()
+        ]
+
+    def hold(self):
+        """Whether they are still the same."""
+        return all(getattr(layer, name) == rate for layer, name, rate in self._rates)
 
 
 class DropoutRates:
@@ -164,6 +205,10 @@ def check_stochastic(model):
 def _rates(layer):
     attributes = vars(layer)
     return {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
+
+
+def _is_stateful(layer):
+    return isinstance(layer, keras.Layer) and getattr(layer, "stateful", False) is True
 
 
 def _is_declared(operation):

@@ -159,3 +159,164 @@ def test_configuration():
         again = RDropModel.from_config(json.loads(json.dumps(model.get_config())))
         assert type(again.alpha) is type(alpha)
         assert (again.every, again.dropout_rates) == (3, (0.1, 0.2))
+
+
+def weight_of_consistency(logs):
+    """α as it entered the loss of one epoch or step, from its logs: loss = task + α/2 · consistency."""
+    loss, task, consistency = (np.ravel(logs[name]) for name in ("loss", "task_loss", "consistency_loss"))
+    return (2 * (loss - task) / consistency).tolist()
+
+
+class WarmUp(keras.callbacks.Callback):
+    """Raises α by 1 with each epoch, from 1 in the first."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.alpha = 1.0 + epoch
+
+
+def test_alpha_is_assigned_by_a_callback(tmp_path):
+    model = compiled(5.0)
+    history = fit(model, 3, callbacks=[WarmUp()])
+    np.testing.assert_allclose(weight_of_consistency(history), [1, 2, 3], rtol=1e-3)
+    assert "alpha" not in history
+    # It stays, is saved with the model, and trains there and here alike.
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert model.alpha == again.alpha == model.get_config()["alpha"] == 3.0
+    for trained in (model, again):
+        np.testing.assert_allclose(weight_of_consistency(fit(trained, 1)), [3], rtol=1e-3)
+    # Weights bring an α along if one was assigned, and leave alone that of the model if not.
+    model.save_weights(tmp_path / "assigned.weights.h5")
+    compiled(5.0).save_weights(tmp_path / "plain.weights.h5")
+    again = compiled(7.0)
+    again.load_weights(tmp_path / "plain.weights.h5")
+    assert again.alpha == 7.0
+    again.load_weights(tmp_path / "assigned.weights.h5")
+    assert again.alpha == 3.0
+    np.testing.assert_allclose(weight_of_consistency(logs_of_step(again, X, Y)), [3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("through_callback", [True, False])
+def test_alpha_assigned_between_steps(through_callback):
+    """From the next step; on JAX, unless by a callback's `self.model`, from the next epoch."""
+    model = compiled(1.0)
+
+    class InTheMiddle(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                (self.model if through_callback else model).alpha = 9.0
+
+    fit(model, 1, callbacks=[InTheMiddle()])
+    assert model.alpha == 9.0
+    np.testing.assert_allclose(weight_of_consistency(fit(model, 1)), [9], rtol=1e-3)
+
+
+def test_alpha_assigned_makes_no_new_program():
+    model = compiled(1.0)
+    traced = []
+    compute_loss = model.compute_loss
+    model.compute_loss = lambda *args, **kwargs: traced.append(1) or compute_loss(*args, **kwargs)
+    fit(model, 1)
+    before = len(traced)
+    model.alpha = 2.0
+    fit(model, 1)
+    steps = 6 if keras.backend.backend() == "torch" else 0  # PyTorch runs Python in each step.
+    assert len(traced) == before + steps
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_alpha_is_assigned_under_mirrored_strategy(devices):
+    import tensorflow as tf
+
+    one = tf.distribute.ReductionToOneDevice()
+    names = [f"CPU:{i}" for i in range(devices)]
+    strategy = tf.distribute.MirroredStrategy(names, cross_device_ops=one)
+    with strategy.scope():
+        model = compiled(5.0)
+    history = model.fit(X, Y, batch_size=48, epochs=2, verbose=0, callbacks=[WarmUp()]).history
+    np.testing.assert_allclose(weight_of_consistency(history), [1, 2], rtol=1e-3)
+
+
+def test_weights_are_those_of_the_wrapped_model():
+    """α and its step are no weights: callbacks that restore weights leave them alone."""
+    for alpha in (1.0, ramp, KLBudget(0.1)):
+        model = compiled(alpha)
+        assert [id(w) for w in model.weights] == [id(w) for w in model.model.weights]
+
+
+def test_assignment_errors():
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"`alpha` must be a finite number ≥ 0. Received: alpha="):
+            RDropModel(mlp()).alpha = value
+    for value in ("1", None, True):
+        with pytest.raises(TypeError, match=r"`alpha` must be a number ≥ 0, a LearningRateSchedule"):
+            RDropModel(mlp()).alpha = value
+    for before, after in ((1.0, 0), (0, 1.0)):
+        with pytest.raises(ValueError, match=rf"from 0 or to 0, which is plain training.*Received: alpha={after}"):
+            RDropModel(mlp(), before).alpha = after
+    for value in (ramp, KLBudget(0.1)):
+        with pytest.raises(TypeError, match=r"`alpha` can be assigned a number only.*Make a new RDropModel"):
+            RDropModel(mlp()).alpha = value
+        with pytest.raises(
+            TypeError, match=r"`alpha` can be assigned only where it is a number.*Make a new RDropModel"
+        ):
+            RDropModel(mlp(), value).alpha = 2.0
+    fixed = {"every": 2, "num_passes": 3, "share": "nothing", "divergence": "js", "dropout_rates": (0.1, 0.2)}
+    for name, value in {**fixed, "model": mlp()}.items():
+        model = RDropModel(mlp())
+        before = getattr(model, name)
+        with pytest.raises(
+            AttributeError, match=rf"`{name}` of an RDropModel is fixed when it is made. Make a new one"
+        ):
+            setattr(model, name, value)
+        assert getattr(model, name) is before
+
+
+def test_kinds_of_numbers():
+    for number in (np.float32(2), np.float64(2), np.int64(2), np.array(2.0), 2):
+        assert RDropModel(mlp(), number).alpha == 2.0
+    with pytest.raises(TypeError, match=r"Received: alpha=array\(\[1.\]\) \(ndarray\)"):
+        RDropModel(mlp(), np.ones(1))
+    for cls in (KLBudget, keras.optimizers.schedules.PolynomialDecay):
+        with pytest.raises(TypeError, match=rf"Received: alpha={cls.__name__}, the class. Call it with its arguments"):
+            RDropModel(mlp(), cls)
+
+
+@pytest.mark.backends("jax", "tensorflow")  # PyTorch runs Python.
+@pytest.mark.parametrize("function", [lambda step: 1.0 if step < 5 else 2.0, lambda step: float(step)])
+def test_functions_that_cannot_be_compiled(function):
+    with pytest.raises(ValueError, match=r"`alpha` must be a function of the training step.*`keras.ops.where"):
+        RDropModel(mlp(), function)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_schedule_that_turns_bad(bad):
+    """Where α is no number ≥ 0 it is taken for 0, and `fit` says so once."""
+    model = compiled(lambda step: ops.where(step < 2, 3.0, bad))
+    with pytest.warns(UserWarning, match=r"`alpha` must be a finite number ≥ 0 at every step, and was not at 4 of"):
+        history = fit(model, 1)
+    np.testing.assert_allclose(history["alpha"], [1.0], rtol=1e-6)
+    last = fit(model, 1)  # Warnings are errors here.
+    np.testing.assert_allclose(last["loss"], last["task_loss"], rtol=1e-6)
+
+
+def test_compiling_again_keeps_alpha_where_it_is():
+    """α's step counts the steps that the RDropModel has made, and a budget keeps what it has found."""
+    for alpha in (ramp, KLBudget(0.02, step=0.5), 2.0):
+        model = compiled(alpha)
+        if alpha == 2.0:
+            model.alpha = 4.0
+        fit(model, 1)
+        before = float(ops.convert_to_numpy(model._alpha.current()))
+        model.compile(keras.optimizers.SGD(0.05), LOSS)
+        assert float(ops.convert_to_numpy(model._alpha.current())) == before != 0
+        assert model.optimizer.iterations == 0
+
+
+def test_a_batch_without_weights_does_not_move_a_budget():
+    model = compiled(KLBudget(0.1, step=0.5, initial=2.0))
+    model.train_on_batch(X, Y, sample_weight=np.zeros(48))
+    assert ops.convert_to_numpy(model._alpha.alpha) == 2.0
+    model.train_on_batch(X, Y, sample_weight=np.eye(48)[0])
+    assert ops.convert_to_numpy(model._alpha.alpha) != 2.0

@@ -202,7 +202,7 @@ def batch_sizes(monkeypatch, function):
 def test_equals_tiling_the_inputs(make, num_passes):
     late, x, y = wrap(make, "deterministic", num_passes=num_passes)
     early, _, _ = wrap(make, "nothing", num_passes=num_passes)
-    assert late._graph.shares and not early._graph.shares
+    assert late._passes.graph.shares and not early._passes.graph.shares
     assert_close(outputs_of_passes(late, x, num_passes), outputs_of_passes(early, x, num_passes))
     for model in (late, early):
         compile_for(model)
@@ -253,7 +253,7 @@ def dicts():
 def test_unusual_graphs(make):
     late, x, _ = wrap(lambda: (*make(), None), "deterministic")
     early, _, _ = wrap(lambda: (*make(), None), "nothing")
-    assert late._graph.shares
+    assert late._passes.graph.shares
     assert_close(outputs_of_passes(late, x), outputs_of_passes(early, x))
 
 
@@ -328,7 +328,7 @@ def test_how_often_each_layer_runs(make, monkeypatch):
     model, x, _ = wrap(make, "deterministic", num_passes=3)
     rows = len(keras.tree.flatten(x)[0])
     expected = {}
-    for step in model._graph.steps:
+    for step in model._passes.graph.steps:
         if isinstance(step.operation, keras.Layer):
             sizes = expected.setdefault(step.operation.name, [])
             sizes.append(3 * rows if step.repeated else rows)
@@ -404,7 +404,7 @@ def test_share_errors():
     for share in ("late", "logits"):
         with pytest.raises(ValueError, match=f"Nothing that is random .* share='{share}'. Name an earlier layer"):
             wrapped(share)
-    assert wrapped("first")._graph.shares  # The whole name of one, the end of another.
+    assert wrapped("first")._passes.graph.shares  # The whole name of one, the end of another.
     with pytest.raises(ValueError, match="More than one has it: 'a/same', 'b/same'"):
         a, b = (keras.Model(inputs, layers.Dense(3, name="same")(inputs), name=name) for name in "ab")
         wrapped("same", keras.Model(inputs, layers.Dropout(0.5)(a(inputs) + b(inputs))))
@@ -586,8 +586,8 @@ def test_tiles_before_an_axis_0_that_is_not_the_batch(function):
 
     late, x, _ = wrap(make, "deterministic")
     early, _, _ = wrap(make, "nothing")
-    assert "axis 0 of its output is not known to be the batch" in [step.reason for step in late._graph.steps]
-    assert [step.repeated for step in late._graph.steps][:2] == [False, True]
+    assert "axis 0 of its output is not known to be the batch" in [step.reason for step in late._passes.graph.steps]
+    assert [step.repeated for step in late._passes.graph.steps][:2] == [False, True]
     np.testing.assert_allclose(outputs_of_passes(late, x), outputs_of_passes(early, x), rtol=1e-6)
 
 
@@ -619,10 +619,10 @@ def test_rates_changed_before_compile():
     inputs = keras.Input((4,))
     early, late = layers.Dropout(0.5), layers.Dropout(0.5)
     model = rdrop_keras.RDropModel(keras.Model(inputs, late(layers.Dense(3)(early(inputs)))))
-    assert [step.repeated for step in model._graph.steps] == [True, True, True]
+    assert [step.repeated for step in model._passes.graph.steps] == [True, True, True]
     early.rate = 0.0
     compile_for(model)
-    assert [step.repeated for step in model._graph.steps] == [False, False, True]
+    assert [step.repeated for step in model._passes.graph.steps] == [False, False, True]
 
 
 def test_unbuilt_sequential_shares(monkeypatch):

@@ -241,3 +241,28 @@ def test_own_loss_and_metric_come_back(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.fit(X, y, verbose=0).history.keys() == {"consistency_loss", "loss", "mae", "task_loss"}
+
+
+def own_loss(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_pred), axis=-1)
+
+
+def test_what_the_model_inside_was_compiled_with_is_not_saved(tmp_path):
+    """An unregistered loss of its own would make the file unloadable, and the wrapper has no need of it."""
+    inner = mlp()
+    inner.compile("sgd", own_loss)
+    model = RDropModel(keras.Sequential([keras.Input((4,)), inner]))
+    model.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.train_on_batch(np.ones((2, 4)), np.ones(2))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.compiled and not again.model.compiled
+
+
+def test_older_format_is_refused(tmp_path):
+    for name in ("model.h5", "model.hdf5"):
+        with pytest.raises(
+            ValueError, match=r"saved as a `.keras` file.*`model.model.save\(filepath\)`.*Received: file"
+        ):
+            RDropModel(mlp()).save(tmp_path / name)
+        assert not (tmp_path / name).exists()

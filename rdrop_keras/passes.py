@@ -1,0 +1,99 @@
+"""The passes of a step: a model called so that its outputs are those of several passes over one batch.
+
+All passes go through the model in one call, as rows of one batch, wherever that gives each pass what it would have
+alone. Where it would not, they run one after another.
+"""
+
+import contextlib
+import functools
+
+import keras
+from keras import ops, tree
+
+from rdrop_keras import _keras, pairing, stochastic
+from rdrop_keras.graph import BATCH_SIZES, PairedGraph, follows_batch
+
+
+class Passes:
+    """Calls `model` for several passes.
+
+    Args:
+        model: A `keras.Model`. What cannot be known before it is built is looked at in the first call.
+        share: `"deterministic"`, `"nothing"`, or the name of a layer.
+        dropout_rates: None, or a rate for each pass.
+
+    Raises:
+        ValueError: If the passes would be identical, or cannot be made as asked for.
+    """
+
+    def __init__(self, model, share="deterministic", dropout_rates=None):
+        self.model = model
+        self.share = share
+        self.dropout_rates = dropout_rates
+        self.graph = None
+        if model.built:
+            self.refresh()
+        elif not isinstance(model, keras.Sequential):
+            PairedGraph(model, share)  # For its errors: no graph will come of this model, but its layers are not known.
+            if dropout_rates is not None:
+                raise ValueError(
+                    "`dropout_rates` needs the layers of `model`, which are made when it is built: call it on a batch "
+                    f"first. Received: model={model.name!r} ({type(model).__name__}), not built."
+                )
+
+    def refresh(self):
+        """Looks at the layers of the model, which must be built, if that is not done or their rates have changed."""
+        if self.graph is not None and self._rates_seen.hold():
+            return
+        stochastic.check_stochastic(self.model)
+        self.graph = PairedGraph(self.model, self.share)
+        self._rates = None if self.dropout_rates is None else stochastic.DropoutRates(self.model)
+        self._rates_seen = stochastic.Rates(self.model)
+        # Of a model that is no graph of layers the shapes tell, when there are some.
+        self._separate = True if self.graph.separate else False if self.graph.knows_layers else None
+
+    def __call__(self, inputs, num_passes, training):
+        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
+        if not self.model.built:
+            if isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
+                self.model.build(tuple(inputs.shape))
+            else:
+                _keras.call(self.model, inputs, False)
+        self.refresh()
+        at_rates = self._at_rates(num_passes)
+        if self.graph.knows_layers:
+            # With rates the graph runs layer by layer also where it shares nothing: each layer is at a rate by itself.
+            if self.graph.shares or at_rates is not None:
+                return self.graph(inputs, num_passes, training, at_rates)
+        elif self._separate is None and at_rates is None:
+            self._separate = _relates_rows(self.model, inputs, training)
+            at_rates = self._at_rates(num_passes)
+        if at_rates is None:
+            return _keras.call(self.model, pairing.tile(inputs, num_passes), training)
+        outputs = []
+        for at_rate in at_rates:
+            with at_rate(self.model):
+                outputs.append(_keras.call(self.model, inputs, training))
+        return pairing.concatenate(outputs)
+
+    def _at_rates(self, num_passes):
+        """For each pass a context for the calls of layers, if the passes run one after another; else None."""
+        if self._rates is not None:
+            return [functools.partial(self._rates.at, rate) for rate in self.dropout_rates]
+        return [contextlib.nullcontext] * num_passes if self._separate else None
+
+
+def _relates_rows(model, inputs, training):
+    """Whether a row of the outputs of `model` may depend on other rows, as far as shapes tell."""
+
+    def shapes(size):
+        specs = tree.map_structure(
+            lambda x: None if x is None else keras.KerasTensor((size, *x.shape[1:]), dtype=x.dtype), inputs
+        )
+        return [spec.shape for spec in tree.flatten(_keras.output_spec(model, specs, training)) if spec is not None]
+
+    try:
+        pairs = zip(*map(shapes, BATCH_SIZES))
+    except Exception:  # Of any kind: what does not run at another batch size cannot run on the rows of all passes.
+        return True
+    return not all(map(follows_batch, pairs))

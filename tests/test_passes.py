@@ -1,0 +1,288 @@
+"""Models whose rows are not on their own: their passes run one after another, or are refused."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from models import mlp
+from rdrop_keras import Divergence, RDropModel, inconsistency, sharing
+
+N = 16
+X = np.random.RandomState(0).normal(size=(N, 6)).astype("float32")
+Y = np.arange(N) % 3
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+# So low that no entry is ever dropped: R-Drop's task loss is then the loss of plain training.
+NEVER = 1e-7
+
+
+def fit(model, x=X, y=Y, **kwargs):
+    model.compile(keras.optimizers.SGD(0.1), LOSS)
+    options = {"batch_size": N, "epochs": 2, "shuffle": False, "verbose": 0}
+    return model.fit(x, y, **{**options, **kwargs}).history
+
+
+def functional(function, shape=(6,), rate=NEVER, **kwargs):
+    """A Functional model of `function` after dropout, made of layers and operations."""
+    inputs = keras.Input(shape, **kwargs)
+    return keras.Model(inputs, function(layers.Dropout(rate, seed=1)(inputs)))
+
+
+def dense(x):
+    return layers.Dense(3)(x)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, function, rate=NEVER):
+        super().__init__()
+        self.dropout, self.dense = layers.Dropout(rate, seed=1), layers.Dense(3)
+        self.function = function
+
+    def call(self, inputs, training=None):
+        return self.function(self.dense(self.dropout(inputs, training=training)))
+
+
+def similarities(x):
+    """In-batch negatives: (N, N) logits of rows with rows."""
+    return ops.matmul(x, ops.transpose(x))
+
+
+def attention_over_rows(x):
+    return ops.matmul(ops.softmax(similarities(x)), x)
+
+
+def told_of_equal_passes():
+    return pytest.warns(UserWarning, match="The passes of R-Drop did not differ")
+
+
+RELATED = {
+    "similarities": lambda: functional(lambda x: similarities(dense(x))),
+    "attention": lambda: functional(lambda x: dense(attention_over_rows(x))),
+    "centred": lambda: functional(lambda x: dense(x - ops.mean(x, axis=0))),
+    "centred, axis kept": lambda: functional(lambda x: dense(x - ops.mean(x, axis=0, keepdims=True))),
+    "softmax over rows": lambda: functional(lambda x: dense(ops.softmax(x, axis=0))),
+    "softmax layer over rows": lambda: functional(lambda x: dense(layers.Softmax(axis=0)(x))),
+    "cumulated": lambda: functional(lambda x: dense(ops.cumsum(x, axis=-2))),
+    "subclassed similarities": lambda: Subclassed(similarities),
+}
+
+
+@pytest.mark.parametrize("name", RELATED)
+def test_rows_that_relate_to_each_other(name):
+    """With dropout that drops nothing R-Drop is plain training."""
+    histories = []
+    for wrap in (lambda model: model, RDropModel):
+        keras.utils.set_random_seed(2)
+        model = wrap(RELATED[name]())
+        y = np.arange(N) if "similarities" in name else Y
+        with (
+            pytest.warns(UserWarning, match="did not differ")
+            if isinstance(model, RDropModel)
+            else contextlib.nullcontext()
+        ):
+            histories.append(fit(model, y=y))
+    plain, paired = histories
+    np.testing.assert_allclose(paired["loss"], plain["loss"], rtol=1e-5)
+    np.testing.assert_allclose(paired["task_loss"], plain["loss"], rtol=1e-5)
+
+
+def test_related_rows_differ_between_passes():
+    model = RDropModel(functional(lambda x: similarities(dense(x)), rate=0.3))
+    assert min(fit(model, y=np.arange(N))["consistency_loss"]) > 0
+    assert inconsistency(model, X, np.arange(N), passes=3, batch_size=N).divergence.value > 0
+    assert "relates rows of a batch to each other" in sharing(model).summary
+
+
+ALONE = {
+    "row by row": lambda x: dense(ops.softmax(x, axis=-1) + ops.mean(x, axis=1, keepdims=True)),
+    "rows cut into parts": lambda x: dense(ops.reshape(layers.Dense(2)(ops.reshape(x, (-1, 2))), (-1, 6))),
+    "a table looked up": lambda x: dense(layers.Embedding(5, 4)(ops.cast(x > 0, "int32"))[:, 0]),
+    "attention": lambda x: dense(layers.Flatten()(layers.MultiHeadAttention(1, 2)(*[layers.Reshape((3, 2))(x)] * 2))),
+    "normalized": lambda x: dense(layers.BatchNormalization()(x)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_rows_on_their_own_run_together(name):
+    model = RDropModel(functional(ALONE[name]))
+    assert "one pass after another" not in sharing(model).summary
+
+
+DRAWN_ONCE = {
+    "one mask": lambda: keras.Sequential([keras.Input((6,)), layers.Dropout(0.5, noise_shape=(1, 6)), layers.Dense(3)]),
+    "nested": lambda: keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.Sequential([keras.Input((6,)), layers.Dropout(0.5, noise_shape=(1, 6))]),
+            layers.Dense(3),
+        ]
+    ),
+    "subclassed": lambda: WithOneMask(),
+    "crop": lambda: keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Reshape((2, 3, 1)),
+            layers.Resizing(6, 6),
+            layers.RandomCrop(2, 2),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3),
+        ]
+    ),
+}
+
+
+class WithOneMask(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.dense = layers.Dropout(0.5, noise_shape=(1, 6)), layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        return self.dense(self.dropout(inputs, training=training))
+
+
+@pytest.mark.parametrize("name", DRAWN_ONCE)
+def test_numbers_drawn_once_a_batch_are_drawn_for_each_pass(name):
+    assert min(fit(RDropModel(DRAWN_ONCE[name]()))["consistency_loss"]) > 0
+
+
+class WeightNoise(layers.Layer):
+    """Noise on the weights, the same for all rows, of which nothing tells."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 3))
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, inputs, training=None):
+        noise = keras.random.normal(self.kernel.shape, seed=self.seed) if training else 0.0
+        return ops.matmul(inputs, self.kernel + noise)
+
+
+def test_equal_passes_are_told_once():
+    model = RDropModel(keras.Sequential([keras.Input((6,)), WeightNoise()]))
+    with told_of_equal_passes():
+        assert fit(model)["consistency_loss"] == [0, 0]
+    model.fit(X, Y, batch_size=N, verbose=0)  # Warnings are errors here.
+    # An epoch without a step of R-Drop has nothing to tell.
+    model = RDropModel(mlp(6), every=3)
+    assert fit(model, epochs=4)["consistency_loss"][1:3] == [0, 0]
+
+
+def test_rates_changed_after_compile():
+    """As under curriculum dropout: what was deterministic when it was compiled is random when it trains."""
+    early = layers.Dropout(0.5, seed=1)
+    early.rate = 0.0
+    model = RDropModel(keras.Sequential([keras.Input((6,)), early, layers.Dense(3), layers.Dropout(NEVER)]))
+    model.compile(keras.optimizers.SGD(0.1), LOSS)
+    assert sharing(model).calls[0].once
+    early.rate = 0.9
+    assert model.fit(X, Y, batch_size=N, verbose=0).history["consistency_loss"][0] > 0
+
+
+class WithMean(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.dense = layers.Dropout(0.3, seed=1), layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        outputs = self.dense(self.dropout(inputs, training=training))
+        return {"classes": outputs, "a_mean": ops.mean(outputs)}
+
+
+@pytest.mark.parametrize("make", [lambda: functional(lambda x: outputs_and_mean(dense(x)), rate=0.3), WithMean])
+def test_output_without_a_batch_and_without_a_loss(make):
+    model = RDropModel(make())
+    model.compile("sgd", {"classes": LOSS, "a_mean": None}, metrics={"classes": ["accuracy"]})
+    history = model.fit(X, {"classes": Y, "a_mean": Y}, batch_size=N, epochs=2, verbose=0).history
+    assert min(history["consistency_loss"]) > 0
+    assert 0 <= history["classes_accuracy"][0] <= 1
+    assert ops.shape(model.predict_on_batch(X)["a_mean"]) == ()
+
+
+def outputs_and_mean(outputs):
+    return {"classes": outputs, "a_mean": ops.mean(outputs)}
+
+
+@pytest.mark.backends("tensorflow", "torch")  # On JAX Keras's losses take no scalars.
+def test_output_without_a_batch_and_with_a_loss():
+    model = RDropModel(functional(lambda x: ops.mean(dense(x)), rate=0.3), divergence="mse")
+    model.compile("sgd", "mse", jit_compile=False)
+    with pytest.raises(ValueError, match=r"the batch on axis 0 of every output with a loss.*shape \(\) for 2 passes"):
+        model.train_on_batch(X, np.ones(1))
+
+
+def recurrent(before):
+    inputs = keras.Input(batch_shape=(8, 3, 2))
+    recurrent, dropout = layers.LSTM(4, stateful=True, name="recurrent"), layers.Dropout(NEVER)
+    hidden = dropout(recurrent(inputs)) if before else recurrent(dropout(inputs))
+    return keras.Model(inputs, layers.Dense(3)(hidden))
+
+
+@pytest.mark.backends("jax", "tensorflow")  # On PyTorch Keras 3.15 cannot train a stateful LSTM.
+def test_recurrent_states_before_dropout():
+    histories = []
+    for wrap in (lambda model: model, RDropModel):
+        keras.utils.set_random_seed(2)
+        model = wrap(recurrent(before=True))
+        with (
+            pytest.warns(UserWarning, match="did not differ")
+            if isinstance(model, RDropModel)
+            else contextlib.nullcontext()
+        ):
+            histories.append(fit(model, X.reshape(N, 3, 2), batch_size=8))
+    np.testing.assert_allclose(histories[1]["task_loss"], histories[0]["loss"], rtol=1e-5)
+
+
+def test_recurrent_states_after_dropout():
+    with pytest.raises(ValueError, match=r"`stateful=True` keeps a state for each row.*Received: 'recurrent' \(LSTM\)"):
+        RDropModel(recurrent(before=False))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: functional(lambda x: dense(ops.reshape(x, (8, 6))), rate=0.3, batch_size=8),
+        lambda: Subclassed(lambda x: ops.reshape(x, (8, 3)), rate=0.3),
+    ],
+    ids=["functional", "subclassed"],
+)
+def test_fixed_batch_size_in_an_operation(make):
+    assert min(fit(RDropModel(make()), batch_size=8)["consistency_loss"]) > 0
+
+
+def test_axis_that_the_outputs_do_not_have():
+    for axis in (5, -2):
+        model = RDropModel(mlp(6), divergence=Divergence("kl", axis=axis))
+        with pytest.raises(ValueError, match=rf"`axis` must be one of an output's axes behind.*Received: axis={axis}"):
+            fit(model)
+
+
+def test_no_targets():
+    model = RDropModel(mlp(6))
+    with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
+        fit(model, y=None)
+
+
+def test_auto_of_keras_hub():
+    for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", LOSS)):
+        with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
+            RDropModel(mlp(6)).compile(*arguments)
+
+
+def test_misspelt_share():
+    with pytest.raises(ValueError, match=r"Close names: 'deterministic'. Received: share='determinstic'"):
+        RDropModel(mlp(6), share="determinstic")
+
+
+def test_rates_of_numpy():
+    for rates in (np.array([0.25, 0.5]), (np.float64(0.25), np.float32(0.5))):
+        assert RDropModel(mlp(6), dropout_rates=rates).dropout_rates == (0.25, 0.5)
+
+
+def test_steps_per_execution_set_after_compile():
+    model = RDropModel(mlp(6), every=2)
+    model.compile("sgd", LOSS)
+    model.steps_per_execution = 2
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be 1"):
+        model.fit(np.tile(X, (2, 1)), np.tile(Y, 2), batch_size=N, verbose=0)
