@@ -1,9 +1,7 @@
 """Image classification with a vision Transformer, plain and with R-Drop.
 
 The paper's section 3.5: a pretrained ViT-B/16 fine-tuned on CIFAR-100, or on ImageNet, with α = 0.6. KerasHub's presets
-have dropout 0, under which R-Drop has nothing to compare. `rdrop_keras.with_dropout(task, 0.1)` is the remedy where all
-rates are to be the same. Here attention has a rate of its own and images may have another size: the model is built anew
-for these, and takes over the weights of the preset.
+have dropout 0, under which R-Drop has nothing to compare: `rdrop_keras.with_dropout` gives the same model with dropout.
 
 R-Drop is the one line that wraps the model:
 
@@ -215,12 +213,7 @@ def load_preset(preset):
 def build_task(pretrained, args, num_classes):
     """The task with dropout, for images of `args.image_size`, and with the weights of the preset but a new head."""
     old = pretrained.backbone
-    config = {
-        **old.get_config(),
-        "image_shape": (args.image_size, args.image_size, 3),
-        "dropout_rate": args.dropout,
-        "attention_dropout": args.attention_dropout,
-    }
+    config = {**old.get_config(), "image_shape": (args.image_size, args.image_size, 3)}
     backbone = keras_hub.models.ViTBackbone.from_config(config)
     if args.preset != "none":
         # For another image size the position embeddings have another shape, and nothing else does.
@@ -230,7 +223,8 @@ def build_task(pretrained, args, num_classes):
                 weights[i] = resize_positions(weights[i], grid(old), grid(backbone))
         backbone.set_weights(weights)
     config = {**pretrained.get_config(), "backbone": backbone, "num_classes": num_classes, "head_dtype": "float32"}
-    return keras_hub.models.ViTImageClassifier.from_config(config)
+    task = keras_hub.models.ViTImageClassifier.from_config(config)
+    return rdrop_keras.with_dropout(task, args.dropout) if args.dropout else task
 
 
 def grid(backbone):
@@ -310,9 +304,6 @@ def parse_arguments():
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="height and width that the model sees (default: the preset's)"
     )
-    parser.add_argument(
-        "--attention-dropout", type=float, default=0.0, help="that of attention weights, < 1 (default: %(default)s)"
-    )
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="< 1 (default: %(default)s)")
     parser.add_argument(
         "--rand-augment",
@@ -331,9 +322,8 @@ def parse_arguments():
     )
     experiment.add_flags(parser, alpha=0.6, dropout=0.1, epochs=10, batch_size=128, learning_rate=1e-4)
     args = experiment.parse(parser)
-    for name in ("attention_dropout", "label_smoothing"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be ≥ 0 and < 1. Received: {getattr(args, name)}")
+    if not 0 <= args.label_smoothing < 1:
+        parser.error(f"--label-smoothing must be ≥ 0 and < 1. Received: {args.label_smoothing}")
     for name in ("mixup", "rand_augment"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be > 0 and ≤ 1. Received: {getattr(args, name)}")

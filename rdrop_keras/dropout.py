@@ -1,8 +1,7 @@
 """The same model with dropout, for the many pretrained models that come with none."""
 
-import numbers
-
 from rdrop_keras import _keras, arguments, copied_state, copies, rates, stochastic
+from rdrop_keras.alpha import is_number
 from rdrop_keras.model import RDropModel
 
 
@@ -86,7 +85,7 @@ _REMEDY = (
 
 def _check_rate(rate):
     received = f"Received: rate={rate!r} ({type(rate).__name__})."
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+    if not is_number(rate):
         raise TypeError(f"`rate` must be a number > 0 and < 1. {received}")
     if not 0 < rate < 1:
         raise ValueError(f"`rate` must be a number > 0 and < 1. {received}")

@@ -284,7 +284,7 @@ def test_arrays_stay_arrays_without_augmentation(monkeypatch):
 
 # ## The model
 def model_arguments(preset, size):
-    return argparse.Namespace(preset=str(preset), image_size=size, dropout=0.1, attention_dropout=0.2)
+    return argparse.Namespace(preset=str(preset), image_size=size, dropout=0.1)
 
 
 def test_preset_keeps_weights_and_scale_and_gets_dropout(preset):
@@ -292,7 +292,7 @@ def test_preset_keeps_weights_and_scale_and_gets_dropout(preset):
     pretrained = vit_cifar100.load_preset(args.preset)
     task = vit_cifar100.build_task(pretrained, args, num_classes=3)
     assert (pretrained.backbone.dropout_rate, pretrained.backbone.attention_dropout) == (0.0, 0.0)
-    assert (task.backbone.dropout_rate, task.backbone.attention_dropout) == (0.1, 0.2)
+    assert (task.backbone.dropout_rate, task.backbone.attention_dropout, task.dropout) == (0.1, 0.1, 0.1)
 
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), "uint8")
     scaled = images / np.array([50, 60, 70]) - np.array([1, 2, 3])
@@ -360,7 +360,6 @@ def test_only_what_follows_dropout_runs_twice():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--attention-dropout", 1), "--attention-dropout must be ≥ 0 and < 1. Received: 1.0"),
         (("--label-smoothing", -0.1), "--label-smoothing must be ≥ 0 and < 1. Received: -0.1"),
         (("--mixup", 0), "--mixup must be > 0 and ≤ 1. Received: 0.0"),
         (("--rand-augment", 2), "--rand-augment must be > 0 and ≤ 1. Received: 2.0"),
