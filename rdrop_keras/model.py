@@ -74,14 +74,27 @@ class RDropModel(keras.Model):
     - `alpha`, if it moves;
     - the compiled metrics, of the first pass.
 
+    `alpha` can be assigned as `optimizer.learning_rate` can: `model.alpha = 2.0` holds from the next step, without a
+    new program (on JAX from the next epoch, if it is not assigned through a callback's `self.model`), and is saved with
+    the model. All other arguments are fixed. `compile` starts the optimizer anew and leaves α alone: a schedule's step,
+    which counts the steps that this `RDropModel` has made, and what a `KLBudget` has found go on.
+
+    Rows of a batch are taken to be independent, but for batch normalization. Where shapes tell that they are not, such
+    as for similarities of each row with each, or where a layer is known to draw one number for the whole batch, the
+    passes run one after another: exact, and not as fast. `rdrop_keras.sharing` says so. A layer of your own that mixes
+    rows without a trace in its shapes, or draws once for all of them, is not seen; `fit` warns if a whole epoch's
+    consistency loss was exactly 0. Augmentation layers inside the model are random layers like others: each pass gets a
+    view of its own, unless `share` names the last of them.
+
     Args:
         model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task, whose raw inputs
             `fit`, `evaluate` and `predict` then take as the task does. It is shared, not copied, and is found again
             under `.model`.
         alpha: α. A number ≥ 0: the paper uses 5 for translation, 1 for language modelling, 0.7 for summarization, 0.1
             to 1 for GLUE and 0.6 for ViT; 0 is plain training, exactly. Or a `LearningRateSchedule`, or any function
-            of `keras.ops` from the training step, an integer tensor that counts plain steps too, to a scalar ≥ 0. Or a
-            `KLBudget`. What moves is logged as `alpha`, the mean over R-Drop's steps. Defaults to 1.
+            of `keras.ops` from the training step, an integer tensor that counts plain steps too, to a scalar ≥ 0; where
+            it is not, it is taken for 0, and `fit` warns. Or a `KLBudget`. What moves is logged as `alpha`, the mean
+            over R-Drop's steps. Defaults to 1.
         divergence: D. `"auto"`, the default, reads it off the compiled loss of each output: `"kl"` for categorical
             cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. Or one of these names, `"js"`,
             or a `rdrop_keras.Divergence`; or a dict or list with one of them for each output.
@@ -102,9 +115,11 @@ class RDropModel(keras.Model):
         name: Name of the wrapper.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has an impossible value; if no layer of `model` is random in training, or none after
-            the layer `share` names; if `model` was made under another `tf.distribute` strategy; if `model` overrides a
+        TypeError: If an argument, or an assigned `alpha`, has the wrong type.
+        AttributeError: If an argument other than `alpha` is assigned.
+        ValueError: If an argument has an impossible value, or `alpha` is changed from or to 0; if no layer of `model`
+            is random in training, or none after the layer `share` names; if a recurrent layer with `stateful=True`
+            comes after the first dropout; if `model` was made under another `tf.distribute` strategy; if `model` overrides a
             step of training that the wrapper replaces.
 
     Example:
