@@ -119,8 +119,8 @@ class RDropModel(keras.Model):
         AttributeError: If an argument other than `alpha` is assigned.
         ValueError: If an argument has an impossible value, or `alpha` is changed from or to 0; if no layer of `model`
             is random in training, or none after the layer `share` names; if a recurrent layer with `stateful=True`
-            comes after the first dropout; if `model` was made under another `tf.distribute` strategy; if `model` overrides a
-            step of training that the wrapper replaces.
+            comes after the first dropout; if `model` was made under another `tf.distribute` strategy; if it overrides
+            a step of training that the wrapper replaces.
 
     Example:
 
