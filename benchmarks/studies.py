@@ -1,7 +1,7 @@
 """The paper's studies (its section 4 and appendix C.1) on two tasks small enough for a CPU.
 
 `digits` is the quickstart's: a vision Transformer on images of digits with few labels, which trains in seconds.
-`translation` is the small Transformer of `examples/translation.py` on local tables of sentence pairs. Every variant
+`translation` is the small Transformer of `paper/translation.py` on local tables of sentence pairs. Every variant
 runs with the same seeds, twice: for as many steps as plain training, and for as many seconds; the checkpoint with the
 lowest validation loss is tested. Runs are kept in a file as they end, so that a command which is stopped goes on where
 it was when it is given again.
@@ -33,7 +33,7 @@ import numpy as np
 import rdrop_keras
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 CURVES = ("consistency_loss", "loss", "task_loss", "val_accuracy", "val_loss")
 
@@ -310,7 +310,7 @@ def arguments():
     if args.seeds < 1:
         parser.error(f"--seeds must be ≥ 1. Received: {args.seeds}")
     if args.task == "translation" and args.data is None and not args.table and args.pictures is None:
-        parser.error("--task translation needs --data, a folder of tables as examples/translation.py reads them")
+        parser.error("--task translation needs --data, a folder of tables as paper/translation.py reads them")
     if args.out is None:
         name = "studies.json" if args.task == "digits" else f"studies_{args.task}.json"
         args.out = ROOT / "benchmarks" / "results" / name

@@ -1,6 +1,6 @@
-"""The examples on local data: plain training and R-Drop, in as many epochs, over seeds.
+"""The programs of `paper/` on local data: plain training and R-Drop, in as many epochs, over seeds.
 
-Every run is a command of its own, an example with flags, that writes its scores. Of several α the one with the best
+Every run is a command of its own, a program with flags, that writes its scores. Of several α the one with the best
 validation score at the first seed is taken for the others. Runs are kept in a file as they end, so that a command which
 is stopped goes on where it was when it is given again.
 
@@ -8,9 +8,9 @@ is stopped goes on where it was when it is given again.
     python tasks.py --data DIR --encoder DIR --tasks cola rte --seeds 1
     python tasks.py --table                                   # prints what the file holds
 
-`DIR` of `--data` has a folder or file for each task, as the examples read them: `glue/cola`, `glue/sst2`, `glue/mrpc`,
+`DIR` of `--data` has a folder or file for each task, as the programs read them: `glue/cola`, `glue/sst2`, `glue/mrpc`,
 `glue/rte`, `glue/stsb`, `multi30k`, `cifar10_15k.zip`, `wikitext2`, `debsum`. `--encoder` is a BERT as
-`examples/glue.py` reads it.
+`paper/glue.py` reads it.
 """
 
 import argparse
@@ -27,9 +27,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass
 class Task:
-    """One row of the table: an example, its data, its flags, and the α to choose from."""
+    """One row of the table: a program, its data, its flags, and the α to choose from."""
 
-    example: str
+    program: str
     data: str
     flags: str
     score: str
@@ -81,9 +81,9 @@ def command(name, args, alpha, seed):
     """Of one run; without α it is plain training."""
     task = TASKS[name]
     kind = ["--plain"] if alpha is None else ["--alpha", f"{alpha:g}"]
-    encoder = ["--encoder", str(args.encoder)] if task.example == "glue.py" else []
+    encoder = ["--encoder", str(args.encoder)] if task.program == "glue.py" else []
     data = ["--data", str(args.data / task.data)]
-    return [f"examples/{task.example}", *data, *encoder, *task.flags.split(), *kind, "--seed", str(seed)]
+    return [f"benchmarks/paper/{task.program}", *data, *encoder, *task.flags.split(), *kind, "--seed", str(seed)]
 
 
 class Results:
@@ -178,7 +178,7 @@ def main():
     if not args.table:
         if args.data is None or not args.data.is_dir():
             parser.error(f"--data must be a folder that exists. Received: {args.data}")
-        if args.encoder is None and any(TASKS[name].example == "glue.py" for name in args.tasks):
+        if args.encoder is None and any(TASKS[name].program == "glue.py" for name in args.tasks):
             parser.error("the tasks of GLUE need --encoder")
         args.data = args.data.resolve()
         args.encoder = args.encoder and args.encoder.resolve()

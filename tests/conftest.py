@@ -16,8 +16,8 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "paper"
+sys.path.insert(0, str(PROGRAMS))
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def run_example(tmp_path, monkeypatch):
-    """Runs `main()` of an example with flags, as on a command line. Returns what `--results` says of the runs."""
+    """Runs `main()` of a program with flags, as on a command line. Returns what `--results` says of the runs."""
 
     def run(module, *flags):
         results = tmp_path / "results.json"

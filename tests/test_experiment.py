@@ -1,4 +1,4 @@
-"""`examples/experiment.py`: flags, runs that resume after a kill, the table, export, with a model of a few neurons."""
+"""`benchmarks/paper/experiment.py`: flags, resuming after a kill, the table, export, on a model of a few neurons."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ import cluster
 import experiment
 import toy
 
-ROOT = pathlib.Path(experiment.__file__).parents[1]
+PROGRAMS = pathlib.Path(experiment.__file__).parent
 
 
 def flags(monkeypatch, *values):
@@ -43,7 +43,7 @@ def test_compares_both_from_the_same_weights(run_example, tmp_path, capsys):
 
 def toy_process(*values):
     """Environment and command of the toy as a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAMS)}
     return environment, [sys.executable, toy.__file__, *map(str, values)]
 
 

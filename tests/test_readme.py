@@ -52,7 +52,9 @@ def test_commands_of_the_examples(monkeypatch, tmp_path):
     pytest.importorskip("keras_hub")
     pytest.importorskip("sacrebleu")
     monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines()]
+    change, *lines = blocks("bash")[2].splitlines()
+    assert change == "cd benchmarks/paper"
+    commands = [shlex.split(line, comments=True) for line in lines]
     assert len(commands) >= 3
     for python, script, *flags in commands:
         assert python == "python"

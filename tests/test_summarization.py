@@ -1,4 +1,4 @@
-"""`examples/summarization.py`, on packages made here: the summary says what the first sentence of the document says."""
+"""`benchmarks/paper/summarization.py`, on packages made here: a summary says what a document begins with."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""`examples/task_data.py`: tables, texts, and what is said of files that are not so."""
+"""`benchmarks/paper/task_data.py`: tables, texts, and what is said of files that are not so."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""`examples/translation.py`, on sentences made here: words are renamed and their order is turned round."""
+"""`benchmarks/paper/translation.py`, on sentences made here: words are renamed and their order is turned round."""
 
 import gzip
 

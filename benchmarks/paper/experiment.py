@@ -1,6 +1,6 @@
-"""What the task examples have in common around Keras: flags, devices, runs that resume, the table, picture and export.
+"""What the programs have in common around Keras: flags, devices, runs that resume, the table, picture and export.
 
-The tasks themselves, their data, models and metrics, are in the examples. Each calls, in this order,
+The tasks themselves, their data, models and metrics, are in the programs. Each calls, in this order,
 
     args = experiment.parse(parser)                # after `experiment.add_flags(parser, ...)`
     scope = experiment.prepare(args)               # chooses the devices, before anything is made

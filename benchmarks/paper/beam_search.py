@@ -1,4 +1,4 @@
-"""Beam search for the examples that write texts: KerasHub's, ended by the stop tokens and fair to long texts."""
+"""Beam search for the programs that write texts: KerasHub's, ended by the stop tokens and fair to long texts."""
 
 import keras_hub
 from keras import ops

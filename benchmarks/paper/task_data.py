@@ -1,4 +1,4 @@
-"""Reading data for the task examples: from local files in plain formats (`--data`), or by tensorflow-datasets.
+"""Reading data for the programs: from local files in plain formats (`--data`), or by tensorflow-datasets.
 
 Tables are UTF-8 text with one line of tab-separated column names and then one row a line; texts are plain UTF-8 lines;
 both may be gzipped. Images lie in a folder for each split, with a folder for each class, or in a zip of these. A file
