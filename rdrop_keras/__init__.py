@@ -7,7 +7,7 @@ from rdrop_keras.divergences import Divergence
 from rdrop_keras.dropout import with_dropout
 from rdrop_keras.model import RDropModel
 from rdrop_keras.monitor import InconsistencyMonitor, inconsistency
-from rdrop_keras.sharing import sharing, stochastic_layers
+from rdrop_keras.passes.report import sharing, stochastic_layers
 
 __all__ = [
     "Divergence",

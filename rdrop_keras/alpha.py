@@ -1,14 +1,13 @@
 """What α is at each step: fixed, on a schedule, or moved by a budget for the consistency loss."""
 
-import math
-import numbers
 import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
-from rdrop_keras import _keras, replicas
+from rdrop_keras.keras_gaps import _keras, replicas
+from rdrop_keras.keras_gaps.arguments import check_number, is_number
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
@@ -153,7 +152,7 @@ class Fixed(_Alpha):
 
     def assign(self, alpha):
         check_alpha(alpha)
-        if _is_moving(alpha):
+        if is_moving(alpha):
             raise TypeError(
                 "`alpha` can be assigned a number only, not what moves by itself. "
                 f"{_NEW_MODEL} Received: alpha={alpha!r} ({type(alpha).__name__})."
@@ -277,27 +276,11 @@ def check_alpha(alpha):
         raise TypeError(
             f"`alpha` must be {choices}. Received: alpha={alpha.__name__}, the class. Call it with its arguments."
         )
-    if _is_moving(alpha):
+    if is_moving(alpha):
         return
     if not is_number(alpha):
         raise TypeError(f"`alpha` must be {choices}. Received: alpha={alpha!r} ({type(alpha).__name__}).")
     check_number("alpha", alpha)
-
-
-def check_number(name, value):
-    """Raises if `value` is not a finite number ≥ 0."""
-    received = f"Received: {name}={value!r} ({type(value).__name__})."
-    if not is_number(value):
-        raise TypeError(f"`{name}` must be a number ≥ 0. {received}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"`{name}` must be a finite number ≥ 0. {received}")
-
-
-def is_number(value):
-    """Whether `value` is a real number: Python's, NumPy's, or a NumPy array of shape ()."""
-    if isinstance(value, np.ndarray) and value.shape == ():
-        value = value[()]
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
 _NEW_MODEL = (
@@ -306,7 +289,8 @@ _NEW_MODEL = (
 )
 
 
-def _is_moving(alpha):
+def is_moving(alpha):
+    """Whether `alpha` is a function of the step or a `KLBudget`, and no number."""
     return callable(alpha) or isinstance(alpha, KLBudget)
 
 

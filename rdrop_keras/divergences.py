@@ -13,7 +13,7 @@ the sample covariance over passes. The symmetric KL of Eq. 2 of the paper is ½(
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 # No probability below this reaches a logarithm: the smallest normal float32. Keras clips at 1e-7, where KL and its
 # gradient stop growing at log-ratios of 16.
@@ -253,6 +253,22 @@ class Divergence:
 
     def __repr__(self):
         return f"Divergence({self.name!r}, from_logits={self.from_logits}, axis={self.axis})"
+
+
+def check(divergence):
+    """Raises if `divergence` is nothing that an `RDropModel` takes for its divergences."""
+    choices = ("auto", *NAMES)
+    for leaf in tree.flatten(divergence):
+        if isinstance(leaf, str) and leaf not in choices:
+            raise ValueError(
+                f"`divergence` must be one of {', '.join(map(repr, choices))}, or a rdrop_keras.Divergence. "
+                f"Received: divergence={leaf!r}."
+            )
+        if not isinstance(leaf, (str, Divergence)) and (leaf is not None or divergence is None):
+            raise TypeError(
+                f"`divergence` must be one of {', '.join(map(repr, choices))}, a rdrop_keras.Divergence, or a dict or "
+                f"list of these. Received: divergence={leaf!r} ({type(leaf).__name__})."
+            )
 
 
 def resolve(divergence, loss, output):

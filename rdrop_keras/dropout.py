@@ -1,8 +1,11 @@
 """The same model with dropout, for the many pretrained models that come with none."""
 
-from rdrop_keras import _keras, arguments, copied_state, copies, rates, stochastic
-from rdrop_keras.alpha import is_number
-from rdrop_keras.model import RDropModel
+import keras
+
+from rdrop_keras.keras_gaps import _keras, copied_state, copies
+from rdrop_keras.keras_gaps.arguments import is_number
+from rdrop_keras.keras_gaps.wrapper import check_unwrapped
+from rdrop_keras.passes import randomness, rates
 
 
 def with_dropout(model, rate):
@@ -48,7 +51,7 @@ def with_dropout(model, rate):
     >>> [(layer.name, layer.rate) for layer in rdrop_keras.stochastic_layers(model)]
     [('drop', 0.1)]
     """
-    arguments.check_unwrapped(model, RDropModel)
+    check_unwrapped(model)
     _check_rate(rate)
     if not model.built:
         raise ValueError(
@@ -61,14 +64,24 @@ def with_dropout(model, rate):
             f"`model` must have a dropout layer, or a place for a dropout rate in its configuration. {_REMEDY} "
             f"Received: model={model.name!r} ({type(model).__name__}), which has neither."
         )
+
+    def new_config(layer):
+        is_model = isinstance(layer, keras.Model)
+
+        def new_rate(of, old):
+            # Someone gave each layer of a graph its rate, whereas a model's configuration is often as it was published.
+            return float(rate) if of == kind and (is_model or old == 0) else old
+
+        return rates.with_rates(rates.configuration(layer), new_rate, type(layer).__name__)
+
     with _keras.strategy_scope(model):
-        new = copies.Copier(kind, float(rate)).copy(model)
+        new = copies.Copier(new_config, "make it with the rate that you want in its constructor").copy(model)
         if not new.built:
             new.build_from_config(model.get_build_config())
         copied_state.copy_state(model, new)
     if hasattr(model, "sampler"):  # How a task of KerasHub generates.
         new.sampler = model.sampler
-    active, _, opaque = stochastic.classify(new)
+    active, _, opaque = randomness.classify(new)
     if not active and not opaque:
         raise ValueError(
             f"The configuration of `model` has a place for a dropout rate of which its layers make no use. {_REMEDY} "

@@ -11,11 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from rdrop_keras import _keras, pairing, preprocessing, random_state
-from rdrop_keras.arguments import check_integer
-from rdrop_keras.model import RDropModel, unwrapped
+from rdrop_keras.keras_gaps import _keras, preprocessing, random_state, step
+from rdrop_keras.keras_gaps.arguments import check_integer
+from rdrop_keras.keras_gaps.wrapper import unwrapped
+from rdrop_keras.model import RDropModel
 from rdrop_keras.objective import RDropLoss
-from rdrop_keras.passes import Passes
+from rdrop_keras.passes import Passes, tiling
 
 
 class Estimate(NamedTuple):
@@ -206,14 +207,14 @@ class _Probe(keras.Model):
         return {"full": _keras.call(self.model, inputs, False), "passes": passes}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        full, passes = y_pred["full"], pairing.split(y_pred["passes"], self._passes)
+        full, passes = y_pred["full"], tiling.split(y_pred["passes"], self._passes)
         loss = self._measured_loss
         if not loss.built:
             loss.build(y, full)
 
         def terms(*outputs):
-            with pairing.training_step(len(outputs)):
-                return loss.terms(y, pairing.concatenate(outputs), sample_weight)
+            with step.training(len(outputs)):
+                return loss.terms(y, tiling.concatenate(outputs), sample_weight)
 
         def agreement(pair):
             return ops.convert_to_tensor(float("nan")) if pair.agreement is None else pair.agreement()

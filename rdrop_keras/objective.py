@@ -4,20 +4,19 @@ For m passes with outputs P_1..P_m of one batch (half the paper's Eq. 4 for m = 
 
     L = 1/m · [ Σ_i loss(y, P_i)  +  α / (m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j) ]
 
-How the passes are made is the business of `pairing.py`, what D is that of `divergences.py`.
+Comes in: targets, and the outputs of all passes; what D is, is in `divergences.py`. Goes out: L, to Keras, which takes
+its gradient. Called by: Keras, for a model that `RDropModel.make_loss` has given this loss.
 """
 
-import contextvars
 import functools
 from typing import NamedTuple
 
 import keras
 from keras import ops, tree
 
-from rdrop_keras import _keras, divergences, pairing, replicas
-
-# What a paired step's outputs give to its terms; a context variable for the reason given in `pairing.py`.
-_outputs = contextvars.ContextVar("rdrop_keras_outputs")
+from rdrop_keras import divergences
+from rdrop_keras.keras_gaps import _keras, replicas, step
+from rdrop_keras.passes import tiling
 
 
 class Terms(NamedTuple):
@@ -104,9 +103,10 @@ class RDropLoss(_keras.CompileLoss):
         self.built = True
 
     def call(self, y_true, y_pred, sample_weight=None):
-        if not pairing.in_training_step():
+        current = step.current()
+        if current is None:
             return super().call(y_true, y_pred, sample_weight)
-        num_passes = pairing.passes_in_step()
+        num_passes = current.kind
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
@@ -122,12 +122,9 @@ class RDropLoss(_keras.CompileLoss):
 
     def terms(self, y_true, y_pred, sample_weight=None):
         """The `Terms` of outputs of as many passes as the step under way has."""
-        token = _outputs.set([])
-        try:
-            task = super().call(y_true, y_pred, sample_weight)
-            outputs = _outputs.get()
-        finally:
-            _outputs.reset(token)
+        outputs = step.current().notes
+        outputs.clear()
+        task = super().call(y_true, y_pred, sample_weight)
         deciding = [output.agreement for output in outputs if output.agreement is not None]
         return Terms(
             task,
@@ -149,7 +146,7 @@ class _OutputTerms(NamedTuple):
 
 
 class _PassesLoss:
-    """The loss of one output; in a paired step its mean over passes, with its divergence put to `_outputs`."""
+    """The loss of one output; in a paired step its mean over passes, with its divergence noted in the step."""
 
     def __init__(self, loss, loss_weight, divergence):
         self.loss = loss
@@ -159,15 +156,15 @@ class _PassesLoss:
         self.reduction = _AsGiven(reduction=loss.reduction, dtype=loss.dtype, name="consistency")
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        num_passes = pairing.passes_in_step()
+        num_passes = _num_passes()
         if num_passes == 1:
             return self._weighed(self.loss(y_true, y_pred, sample_weight))
-        if not pairing.has_rows(y_pred, num_passes):
+        if not tiling.has_rows(y_pred, num_passes):
             raise ValueError(
                 "R-Drop needs the batch on axis 0 of every output with a loss. "
                 f"Received: an output of shape {tuple(y_pred.shape)} for {num_passes} passes."
             )
-        passes = pairing.split(y_pred, num_passes)
+        passes = tiling.split(y_pred, num_passes)
         if self.divergence is not None:
             values = self._divergence_of(passes)
             term = self._weighed(self._reduced(self.reduction, values, y_true, passes, sample_weight))
@@ -176,7 +173,7 @@ class _PassesLoss:
                 agreement = functools.partial(self._agreement, y_true, passes, sample_weight)
             weight = functools.partial(self._weight, ops.ones_like(values), y_true, passes, sample_weight)
             term = term if self.loss_weight is None else self.loss_weight * term
-            _outputs.get().append(_OutputTerms(term, agreement, weight))
+            step.current().notes.append(_OutputTerms(term, agreement, weight))
         return self._weighed(sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes)
 
     def _weighed(self, term):
@@ -212,6 +209,12 @@ class _PassesLoss:
                 mask = ops.logical_and(mask, other)
             _keras.set_keras_mask(values, mask)
         return ops.cast(reduction(values, values, sample_weight), self.loss.dtype)
+
+
+def _num_passes():
+    """Passes of the step under way; outside of steps there is one."""
+    current = step.current()
+    return 1 if current is None else current.kind
 
 
 class _AsGiven(keras.losses.Loss):

@@ -11,7 +11,9 @@ import pytest
 from keras import layers, losses, ops
 
 from models import mlp, to_numpy
-from rdrop_keras import KLBudget, RDropModel, pairing, random_state
+from rdrop_keras import KLBudget, RDropModel
+from rdrop_keras.keras_gaps import random_state, step
+from rdrop_keras.passes import tiling
 
 # The last of the batches of 8 has 5 rows: 3 and 2 on two replicas; 2, 2, 1 and none on four.
 X = np.random.RandomState(0).normal(size=(21, 4)).astype("float32")
@@ -32,8 +34,8 @@ class NoiseOfTheRow(layers.Layer):
     def call(self, inputs, training=None):
         if not training:
             return inputs
-        passes = pairing.split(inputs, pairing.passes_in_step())
-        return pairing.concatenate([x * (1 + 0.5 * i * ops.cos(7 * x)) for i, x in enumerate(passes)])
+        passes = tiling.split(inputs, step.current().kind)
+        return tiling.concatenate([x * (1 + 0.5 * i * ops.cos(7 * x)) for i, x in enumerate(passes)])
 
 
 class DropoutOfTheRow(layers.Dropout):

@@ -8,8 +8,8 @@ from keras import layers, ops
 
 import rdrop_keras
 from models import gradients_of_step, to_numpy
-from rdrop_keras import pairing
-from rdrop_keras.graph import PairedGraph
+from rdrop_keras.keras_gaps import step
+from rdrop_keras.passes.graph import PairedGraph
 
 RNG = np.random.default_rng(0)
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -177,7 +177,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 def outputs_of_passes(model, x, num_passes=2):
     keras.utils.set_random_seed(2)  # PyTorch's dropout draws from the generator of the process.
-    with pairing.training_step(num_passes):
+    with step.training(num_passes):
         x = keras.tree.map_structure(ops.convert_to_tensor, x)
         return keras.tree.map_structure(ops.convert_to_numpy, model(x, training=True))
 
@@ -328,10 +328,10 @@ def test_how_often_each_layer_runs(make, monkeypatch):
     model, x, _ = wrap(make, "deterministic", num_passes=3)
     rows = len(keras.tree.flatten(x)[0])
     expected = {}
-    for step in model._passes.graph.steps:
-        if isinstance(step.operation, keras.Layer):
-            sizes = expected.setdefault(step.operation.name, [])
-            sizes.append(3 * rows if step.repeated else rows)
+    for call in model._passes.graph.calls:
+        if isinstance(call.operation, keras.Layer):
+            sizes = expected.setdefault(call.operation.name, [])
+            sizes.append(3 * rows if call.repeated else rows)
     seen = batch_sizes(monkeypatch, lambda: outputs_of_passes(model, x, 3))
     assert {name: sorted(seen[name]) for name in expected} == {name: sorted(n) for name, n in expected.items()}
     assert {n for sizes in seen.values() for n in sizes} >= {rows, 3 * rows}
@@ -529,7 +529,7 @@ def test_what_cannot_be_vouched_for_is_repeated(name):
     suspect = make()
     model = keras.Model(inputs, layers.Dropout(0.5)(suspect(layers.Dense(4)(inputs))))
     graph = PairedGraph(model, "deterministic")
-    first, second = graph.steps[:2]
+    first, second = graph.calls[:2]
     assert not first.repeated and second.operation is suspect and second.repeated
     assert reason in second.reason
 
@@ -559,7 +559,7 @@ def test_suspects_differ_between_passes(name):
 def test_what_is_vouched_for_is_shared(make):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dropout(0.5)(make()(layers.Dense(4)(inputs))))
-    assert [step.repeated for step in PairedGraph(model, "deterministic").steps] == [False, False, True]
+    assert [call.repeated for call in PairedGraph(model, "deterministic").steps] == [False, False, True]
 
 
 def transposed(tokens):
@@ -586,8 +586,8 @@ def test_tiles_before_an_axis_0_that_is_not_the_batch(function):
 
     late, x, _ = wrap(make, "deterministic")
     early, _, _ = wrap(make, "nothing")
-    assert "axis 0 of its output is not known to be the batch" in [step.reason for step in late._passes.graph.steps]
-    assert [step.repeated for step in late._passes.graph.steps][:2] == [False, True]
+    assert "axis 0 of its output is not known to be the batch" in [call.reason for call in late._passes.graph.calls]
+    assert [call.repeated for call in late._passes.graph.calls][:2] == [False, True]
     np.testing.assert_allclose(outputs_of_passes(late, x), outputs_of_passes(early, x), rtol=1e-6)
 
 
@@ -619,10 +619,10 @@ def test_rates_changed_before_compile():
     inputs = keras.Input((4,))
     early, late = layers.Dropout(0.5), layers.Dropout(0.5)
     model = rdrop_keras.RDropModel(keras.Model(inputs, late(layers.Dense(3)(early(inputs)))))
-    assert [step.repeated for step in model._passes.graph.steps] == [True, True, True]
+    assert [call.repeated for call in model._passes.graph.calls] == [True, True, True]
     early.rate = 0.0
     compile_for(model)
-    assert [step.repeated for step in model._passes.graph.steps] == [False, False, True]
+    assert [call.repeated for call in model._passes.graph.calls] == [False, False, True]
 
 
 def test_unbuilt_sequential_shares(monkeypatch):
@@ -646,7 +646,7 @@ def test_optional_input():
 
     model = keras.Model([inputs, extra], layers.Dropout(0.5)(AddIfGiven()(layers.Dense(3)(inputs), extra)))
     outputs = rdrop_keras.RDropModel(model)
-    with pairing.training_step(2):
+    with step.training(2):
         assert outputs([ops.ones((5, 4)), None], training=True).shape == (10, 3)
 
 

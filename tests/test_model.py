@@ -544,7 +544,7 @@ def test_overridden_steps():
 
 
 def test_inputs_without_a_batch():
-    from rdrop_keras.pairing import tile
+    from rdrop_keras.passes.tiling import tile
 
     with pytest.raises(ValueError, match=r"axis 0 of every input. Received: an input of shape \(\)"):
         tile({"x": ops.convert_to_tensor(1.0)}, 2)

@@ -6,7 +6,8 @@ import pytest
 from keras import layers, ops
 
 from models import logs_of_step, mlp, to_numpy
-from rdrop_keras import RDropModel, pairing
+from rdrop_keras import RDropModel
+from rdrop_keras.keras_gaps import step
 
 X = np.random.RandomState(0).normal(size=(48, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
@@ -133,7 +134,7 @@ def test_every_errors():
 
 
 def outputs_of(model, x, num_passes=2):
-    with pairing.training_step(num_passes):
+    with step.training(num_passes):
         return ops.convert_to_numpy(model(ops.convert_to_tensor(x), training=True))
 
 
@@ -208,7 +209,7 @@ def test_rates_and_share():
     early = layers.Dropout(0.5, name="early")(inputs)
     inner = keras.Model(inputs, [early, layers.Dropout(0.5, name="late")(layers.ReLU()(inputs))])
     model = RDropModel(inner, dropout_rates=(0.1, 0.8), share="early")
-    with pairing.training_step(2):
+    with step.training(2):
         early, late = model(ops.ones((50, 400)), training=True)
     first, second = np.split(ops.convert_to_numpy(early), 2)
     np.testing.assert_array_equal(first, second)

@@ -6,7 +6,8 @@ import pytest
 from keras import layers, losses, ops
 
 from models import to_numpy
-from rdrop_keras import RDropModel, rates, stochastic_layers, with_dropout
+from rdrop_keras import RDropModel, stochastic_layers, with_dropout
+from rdrop_keras.passes import rates
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6

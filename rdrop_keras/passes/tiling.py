@@ -1,40 +1,14 @@
-"""Several passes in one: which step is paired, and how its tensors are put together and taken apart.
+"""Several passes in one: how tensors of passes are put together and taken apart.
 
 Passes lie one after another on axis 0: `(N, …)` becomes `(mN, …)`, all rows of the first pass, then all of the second.
 Under `keras.distribution` the passes of a row stand together instead, so that each device keeps the rows it has: it
 holds a stretch of axis 0, and devices would have to exchange the rows of passes that lie apart.
 """
 
-import contextlib
-import contextvars
-
 import keras
 from keras import ops, tree
 
-from rdrop_keras import _keras
-
-# Context and not an attribute of the model: `MirroredStrategy` traces its replicas in threads that take turns, each in
-# the middle of its own step. None outside of training steps.
-_num_passes = contextvars.ContextVar("rdrop_keras_num_passes", default=None)
-
-
-@contextlib.contextmanager
-def training_step(num_passes):
-    """Within it, a forward pass makes `num_passes` passes; with more than one, the step is a paired one."""
-    token = _num_passes.set(num_passes)
-    try:
-        yield
-    finally:
-        _num_passes.reset(token)
-
-
-def passes_in_step():
-    """Passes of the step under way: 1 unless it is paired."""
-    return _num_passes.get() or 1
-
-
-def in_training_step():
-    return _num_passes.get() is not None
+from rdrop_keras.keras_gaps import _keras
 
 
 def tile(tensors, num_passes):

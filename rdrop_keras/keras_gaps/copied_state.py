@@ -8,7 +8,7 @@ import collections
 import re
 import tempfile
 
-from rdrop_keras import _keras
+from rdrop_keras.keras_gaps import _keras
 
 
 def copy_state(source, target):

@@ -43,13 +43,20 @@ def _adapter_class(pipeline):
 class _Receiver(keras.Model):
     """Where `super()` of `PipelineModel` leads: to the same method of the trained model."""
 
+    def fit(self, *args, **kwargs):
+        return keras.Model.fit(self.trained, *args, **kwargs)
 
-def _pass_on(method):
-    def call(self, *args, **kwargs):
-        return getattr(keras.Model, method)(self.trained, *args, **kwargs)
+    def evaluate(self, *args, **kwargs):
+        return keras.Model.evaluate(self.trained, *args, **kwargs)
 
-    return call
+    def predict(self, *args, **kwargs):
+        return keras.Model.predict(self.trained, *args, **kwargs)
 
+    def train_on_batch(self, *args, **kwargs):
+        return keras.Model.train_on_batch(self.trained, *args, **kwargs)
 
-for _method in METHODS:
-    setattr(_Receiver, _method, _pass_on(_method))
+    def test_on_batch(self, *args, **kwargs):
+        return keras.Model.test_on_batch(self.trained, *args, **kwargs)
+
+    def predict_on_batch(self, *args, **kwargs):
+        return keras.Model.predict_on_batch(self.trained, *args, **kwargs)

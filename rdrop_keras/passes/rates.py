@@ -1,7 +1,7 @@
 """Where the configuration of a model has places for dropout rates, and the same configuration with other rates.
 
 A configuration is what `get_config` returns. It says where a model could have dropout, also where none was made because
-the rate is 0. Which layers of a model are random is in `stochastic.py`.
+the rate is 0. Which layers of a model are random is in `randomness.py`.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import numbers
 import re
 import warnings
 
-from rdrop_keras import _keras
+from rdrop_keras.keras_gaps import _keras
 
 # How Keras, KerasHub and timm name the rate of a dropout.
 _DROPOUT = re.compile(r"dropout|(^|_)drop(_rate|_prob|_p)?$")

@@ -3,10 +3,10 @@
 import itertools
 from typing import NamedTuple
 
-from rdrop_keras.arguments import check_share
-from rdrop_keras.graph import PairedGraph, num_parameters
-from rdrop_keras.model import unwrapped
-from rdrop_keras.stochastic import classify
+from rdrop_keras.keras_gaps.wrapper import unwrapped
+from rdrop_keras.passes import check_share
+from rdrop_keras.passes.graph import PairedGraph, num_parameters
+from rdrop_keras.passes.randomness import classify
 
 
 class Call(NamedTuple):
@@ -30,13 +30,13 @@ class Sharing:
     def __init__(self, graph):
         self.calls = [
             Call(
-                step.name,
-                type(step.operation).__name__,
-                num_parameters(step.weights),
-                not step.repeated,
-                step.reason,
+                call.name,
+                type(call.operation).__name__,
+                num_parameters(call.weights),
+                not call.repeated,
+                call.reason,
             )
-            for step in graph.steps
+            for call in graph.calls
         ]
         self.summary = graph.summary()
 

@@ -8,10 +8,14 @@ import contextlib
 import functools
 
 import keras
+import numpy as np
 from keras import ops, tree
 
-from rdrop_keras import _keras, pairing, stochastic
-from rdrop_keras.graph import BATCH_SIZES, PairedGraph, follows_batch
+from rdrop_keras.keras_gaps import _keras
+from rdrop_keras.keras_gaps.arguments import is_number
+from rdrop_keras.passes import randomness, tiling
+from rdrop_keras.passes.graph import PairedGraph
+from rdrop_keras.passes.marking import BATCH_SIZES, follows_batch
 
 
 class Passes:
@@ -45,10 +49,10 @@ class Passes:
         """Looks at the layers of the model, which must be built, if that is not done or their rates have changed."""
         if self.graph is not None and self._rates_seen.hold():
             return
-        stochastic.check_stochastic(self.model)
+        randomness.check_stochastic(self.model)
         self.graph = PairedGraph(self.model, self.share)
-        self._rates = None if self.dropout_rates is None else stochastic.DropoutRates(self.model)
-        self._rates_seen = stochastic.Rates(self.model)
+        self._rates = None if self.dropout_rates is None else randomness.DropoutRates(self.model)
+        self._rates_seen = randomness.Rates(self.model)
         # Of a model that is no graph of layers the shapes tell, when there are some.
         self._separate = True if self.graph.separate else False if self.graph.knows_layers else None
 
@@ -69,12 +73,12 @@ class Passes:
             self._separate = _relates_rows(self.model, inputs, training)
             at_rates = self._at_rates(num_passes)
         if at_rates is None:
-            return _keras.call(self.model, pairing.tile(inputs, num_passes), training)
+            return _keras.call(self.model, tiling.tile(inputs, num_passes), training)
         outputs = []
         for at_rate in at_rates:
             with at_rate(self.model):
                 outputs.append(_keras.call(self.model, inputs, training))
-        return pairing.concatenate(outputs)
+        return tiling.concatenate(outputs)
 
     def _at_rates(self, num_passes):
         """For each pass a context for the calls of layers, if the passes run one after another; else None."""
@@ -97,3 +101,30 @@ def _relates_rows(model, inputs, training):
     except Exception:  # Of any kind: what does not run at another batch size cannot run on the rows of all passes.
         return True
     return not all(map(follows_batch, pairs))
+
+
+def check_dropout_rates(rates, num_passes):
+    if rates is None:
+        return
+    if isinstance(rates, np.ndarray) and rates.ndim == 1:
+        rates = rates.tolist()
+    received = f"Received: dropout_rates={rates!r}."
+    must = "`dropout_rates` must be None or a tuple with a rate for each pass, from 0 to less than 1, not all 0."
+    if not isinstance(rates, (list, tuple)):
+        raise TypeError(f"{must} {received}")
+    for rate in rates:
+        if not is_number(rate):
+            raise TypeError(f"{must} {received}")
+    if len(rates) != num_passes:
+        raise ValueError(f"{must} With num_passes={num_passes} it has {len(rates)}. {received}")
+    if not all(0 <= rate < 1 for rate in rates) or not any(rates):
+        raise ValueError(f"{must} {received}")
+
+
+def check_share(share):
+    """Raises if `share` is no string; whether it names a layer is seen when the graph is made."""
+    if not isinstance(share, str):
+        raise TypeError(
+            "`share` must be 'deterministic', 'nothing' or the name of a layer. "
+            f"Received: share={share!r} ({type(share).__name__})."
+        )

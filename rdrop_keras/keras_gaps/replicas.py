@@ -7,34 +7,26 @@ With `keras.distribution` on JAX there is one program over the whole batch, and 
 """
 
 import contextlib
-import contextvars
 
 import keras
 from keras import ops, tree
 
-from rdrop_keras import random_state
+from rdrop_keras.keras_gaps import random_state, step
 
 # Added to the seeds of the r-th replica r times. Large, so that they are not the seeds of other layers.
 _SEED_STRIDE = 1_640_531_527
 
-# The replica's rows, as a multiple of the mean over replicas; None where all have the same. A context variable for the
-# reason given in `pairing.py`.
-_share = contextvars.ContextVar("rdrop_keras_share_of_rows", default=None)
-
 
 @contextlib.contextmanager
 def training_step(model, data):
-    """A step of `model` on `data`, this replica's part of the batch; on one device, or another backend, nothing."""
+    """The step under way, of `model` on `data`, this replica's part of the batch; does nothing where there is one."""
     context = _replica_context()
     if context is None:
         yield
         return
-    token = _share.set(_share_of_rows(context, data))
-    try:
-        with _own_masks(model, context):
-            yield
-    finally:
-        _share.reset(token)
+    step.current().share_of_rows = _share_of_rows(context, data)
+    with _own_masks(model, context):
+        yield
 
 
 def weigh(loss):
@@ -42,7 +34,7 @@ def weigh(loss):
 
     Its value stays: Keras weighs by rows what it logs.
     """
-    share = _share.get()
+    share = _share()
     if share is None:
         return loss
     share = ops.cast(share, loss.dtype)
@@ -51,7 +43,7 @@ def weigh(loss):
 
 def weighed_value(value):
     """`value`, a mean over this replica's rows, times what makes the mean over replicas that over all rows."""
-    share = _share.get()
+    share = _share()
     return value if share is None else ops.cast(share, value.dtype) * value
 
 
@@ -59,6 +51,12 @@ def total(value):
     """The sum of `value` over replicas."""
     context = _replica_context()
     return value if context is None else context.all_reduce("SUM", value)
+
+
+def _share():
+    """The replica's rows in the step under way, as a multiple of the mean over replicas; None if all have the same."""
+    current = step.current()
+    return None if current is None else current.share_of_rows
 
 
 def _replica_context():

@@ -1,4 +1,4 @@
-"""A model made anew from its configuration, with dropout at another rate and weights of its own.
+"""A model made anew from its configuration, changed on the way, with weights of its own.
 
 The layers of a graph are made one by one, so that classes and functions need not be registered. The state of the
 original is put into the new model by `copied_state.py`.
@@ -8,20 +8,21 @@ import types
 
 import keras
 
-from rdrop_keras import _keras, rates, stochastic
+from rdrop_keras.keras_gaps import _keras
 
 
 class Copier:
     """Makes layers, models and operations anew, each once.
 
     Args:
-        kind: Which rates to set, as `rates.kind` returns it.
-        rate: The rate to set them to.
+        new_config: A function from a layer, or a model that is more than a graph of layers, to the configuration that
+            its copy is to have.
+        remedy: What the user can do where a model cannot be made anew.
     """
 
-    def __init__(self, kind, rate):
-        self._kind = kind
-        self._rate = rate
+    def __init__(self, new_config, remedy):
+        self._new_config = new_config
+        self._remedy = remedy
         self._copies = {}
 
     def copy(self, operation):
@@ -47,15 +48,9 @@ class Copier:
         return type(model)(inputs, _keras.run_graph(model, inputs, self.copy), name=model.name)
 
     def _of_configuration(self, layer):
-        is_model = isinstance(layer, keras.Model)
-
-        def new_rate(kind, rate):
-            # Someone gave each layer of a graph its rate, whereas a model's configuration is often as it was published.
-            return self._rate if kind == self._kind and (is_model or rate == 0) else rate
-
         cls = type(layer)
         try:
-            config = rates.with_rates(rates.configuration(layer), new_rate, cls.__name__)
+            config = self._new_config(layer)
             if "preprocessor" in config:  # Its configuration has no vocabulary if that was read from a file.
                 config["preprocessor"] = layer.preprocessor
             config.update(_own_functions(layer, config))
@@ -64,9 +59,9 @@ class Copier:
                     return cls(**{**config, "arguments": layer.arguments})
                 return cls.from_config(config)
         except Exception as error:
-            remedy = ", or make it with the rate that you want in its constructor" if is_model else ""
+            remedy = f", or {self._remedy}" if isinstance(layer, keras.Model) else ""
             raise ValueError(
-                f"`with_dropout` makes `{cls.__name__}` anew by `from_config(get_config())`, which fails with "
+                f"`{cls.__name__}` is made anew by `from_config(get_config())`, which fails with "
                 f"{type(error).__name__}. Write these two methods{remedy}. Received: {layer.name!r}."
             ) from error
 
@@ -76,7 +71,7 @@ def _own_functions(layer, config):
     own = {}
     for name in config:
         value = vars(layer).get(name, vars(layer).get(f"_{name}"))
-        if isinstance(value, types.FunctionType) and not stochastic.is_from_known(value.__module__):
+        if isinstance(value, types.FunctionType) and not _keras.is_from_known(value.__module__):
             own[name] = value
     return own
 
@@ -88,6 +83,6 @@ def _own_objects(layer):
         for value in (inner, *vars(inner).values()):
             if isinstance(value, types.FunctionType) or hasattr(value, "get_config"):
                 named = value if isinstance(value, (type, types.FunctionType)) else type(value)
-                if not stochastic.is_from_known(named.__module__):
+                if not _keras.is_from_known(named.__module__):
                     own[named.__name__] = named
     return own

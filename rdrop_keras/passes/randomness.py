@@ -15,10 +15,9 @@ import re
 
 import keras
 
-from rdrop_keras import _keras, rates
+from rdrop_keras.keras_gaps import _keras
+from rdrop_keras.passes import rates
 
-# Where a class must be defined for its randomness to be known from its name and attributes.
-_KNOWN_LIBRARIES = ("keras", "keras_cv", "keras_hub", "keras_nlp")
 # Layers and operations of Keras that run code of others.
 _FOREIGN = (
     *("FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"),
@@ -226,7 +225,7 @@ def _is_known(operation):
     for cls in type(operation).__mro__:
         if cls is keras.Layer or cls is keras.Operation:
             break
-        if not is_from_known(cls.__module__):
+        if not _keras.is_from_known(cls.__module__):
             defined = [name for name, value in vars(cls).items() if _is_code(value) and name not in _HARMLESS]
             if defined:
                 return False
@@ -244,11 +243,7 @@ def _is_foreign_callable(attribute):
         value = value.func
     if not callable(value) or isinstance(value, (type, keras.Layer)) or _NOT_CALLED.search(name):
         return False
-    return not is_from_known(getattr(value, "__module__", None) or type(value).__module__)
-
-
-def is_from_known(module):
-    return module.partition(".")[0] in _KNOWN_LIBRARIES
+    return not _keras.is_from_known(getattr(value, "__module__", None) or type(value).__module__)
 
 
 def _listed(layers):
