@@ -267,7 +267,7 @@ def test_assignment_errors():
         model = RDropModel(mlp())
         before = getattr(model, name)
         with pytest.raises(
-            AttributeError, match=rf"`{name}` of an RDropModel is fixed when it is made. Make a new one"
+            AttributeError, match=rf"`{name}` of this RDropModel is fixed when it is made. Make a new one"
         ):
             setattr(model, name, value)
         assert getattr(model, name) is before

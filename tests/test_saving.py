@@ -1,6 +1,7 @@
 """Files: reload and go on, weights, configuration, export."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -266,3 +267,34 @@ def test_older_format_is_refused(tmp_path):
         ):
             RDropModel(mlp()).save(tmp_path / name)
         assert not (tmp_path / name).exists()
+
+
+# What the files in `saved/` gave where they were written, on TensorFlow, by the version before the package had rooms:
+# loss and first output of the trained model, steps made, α, and the loss of one more epoch.
+OLD_FILES = {
+    "fixed": (1.083884596824646, [-0.3847176730632782, -1.5294744968414307, -1.7422003746032715], 4, 3.0, 1.0762164593),
+    "budget": (
+        1.1266192197799683,
+        [0.3118232488632202, 0.1889890432357788, 0.34844014048576355],
+        0,
+        2.79076099,
+        1.13214,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_FILES)
+def test_file_of_an_older_version(name):
+    loss, outputs, steps, alpha, next_loss = OLD_FILES[name]
+    model = keras.models.load_model(pathlib.Path(__file__).parent / "saved" / f"{name}.keras")
+    x = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
+    y = np.arange(16) % 3
+    np.testing.assert_allclose(model.evaluate(x, y, verbose=0)[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(model.predict(x[:1], verbose=0)[0], outputs, rtol=1e-5)
+    assert model.compiled and model._num_steps == steps
+    np.testing.assert_allclose(float(keras.ops.convert_to_numpy(model._alpha.current())), alpha, rtol=1e-6)
+    history = model.fit(x, y, batch_size=8, shuffle=False, verbose=0).history
+    if keras.backend.backend() == "tensorflow":  # Other backends draw other masks.
+        np.testing.assert_allclose(history["loss"][0], next_loss, rtol=1e-5)
+    else:
+        assert history["consistency_loss"][0] > 0

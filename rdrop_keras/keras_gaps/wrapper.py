@@ -137,7 +137,7 @@ class WrapperModel(keras.Model):
             cls = type(self).__name__
             made = f"{cls}(other)" if name == "model" else f"{cls}(model.model, {name}=...)"
             raise AttributeError(
-                f"`{name}` of an {cls} is fixed when it is made. Make a new one and compile it: `{made}`. "
+                f"`{name}` of this {cls} is fixed when it is made. Make a new one and compile it: `{made}`. "
                 "The model inside keeps its weights."
             )
         super().__setattr__(name, value)
