@@ -66,10 +66,12 @@ class KLBudget:
         self.maximum = float(maximum)
 
     def get_config(self):
+        """Returns the arguments it was made with."""
         return {"target": self.target, "step": self.step, "initial": self.initial, "maximum": self.maximum}
 
     @classmethod
     def from_config(cls, config):
+        """Makes one of what `get_config` returned."""
         return cls(**config)
 
     def __repr__(self):

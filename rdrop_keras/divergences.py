@@ -239,10 +239,12 @@ class Divergence:
         return ops.argmax(output, axis=-1 if self.axis is None else self.axis)
 
     def get_config(self):
+        """Returns the arguments it was made with."""
         return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}
 
     @classmethod
     def from_config(cls, config):
+        """Makes one of what `get_config` returned."""
         return cls(**config)
 
     def __eq__(self, other):

@@ -194,6 +194,7 @@ class RDropModel(WrapperModel):
         )
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
         if y is None and self._passes is not None:
             raise ValueError(
                 "The compiled loss needs targets: `fit(x, y)`, or a dataset of `(x, y)`. Received: no `y`."
@@ -204,6 +205,7 @@ class RDropModel(WrapperModel):
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         current = step.current()
         if current is not None and current.kind > 1:
             y_pred = tiling.split(y_pred, current.kind)[0]
@@ -214,6 +216,7 @@ class RDropModel(WrapperModel):
         return list(self._trackers.values())
 
     def jax_state_sync(self):
+        """Gives variables the values that Keras's program for JAX has, and α the one that was assigned meanwhile."""
         super().jax_state_sync()
         self._alpha.write()
 

@@ -73,8 +73,9 @@ def inconsistency(model, x=None, y=None, sample_weight=None, passes=8, batch_siz
 
     Args:
         model: A compiled `RDropModel`, or any compiled `keras.Model` whose loss tells its divergence.
-        x, y, sample_weight: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task
-            its raw inputs.
+        x: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task its raw inputs.
+        y: Targets, as for `Model.evaluate`.
+        sample_weight: Weights of rows, as for `Model.evaluate`.
         passes: How many sub-models, at least 2. Each is a row block of one forward pass, so memory grows with it.
         batch_size: Rows of a batch, as for `Model.evaluate`.
 

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import pathlib
 
 import keras
@@ -69,6 +70,15 @@ def test_private_names_that_are_gone_are_told():
         ImportError, match=rf"that Keras {keras.__version__} has no more: Layer._gone, Model._away. Inst"
     ):
         _keras.check_private_names({keras.Layer: ("_layers", "_gone"), keras.Model: ("_away",)})
+
+
+@pytest.mark.parametrize("name", sorted(set(rdrop_keras.__all__) - {"__version__"}))
+def test_public_names_are_documented(name):
+    public = getattr(rdrop_keras, name)
+    assert inspect.getdoc(public)
+    for method, value in vars(public).items() if inspect.isclass(public) else ():
+        if not method.startswith("_") and callable(value):
+            assert inspect.getdoc(getattr(public, method)), method
 
 
 def test_docstring_of_the_wrapper():

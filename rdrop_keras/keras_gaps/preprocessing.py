@@ -25,7 +25,8 @@ def run(method, task, trained, args, kwargs):
         method: One of `METHODS`.
         task: A KerasHub task.
         trained: The model whose `method` receives the preprocessed inputs.
-        args, kwargs: Those of `method`.
+        args: Those of `method`.
+        kwargs: Those of `method`.
     """
     pipeline = pipeline_class(task)
     # Not initialised, and no model to Keras: only a `self` for the methods of `PipelineModel`.

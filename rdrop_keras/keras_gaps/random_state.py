@@ -35,8 +35,7 @@ def drawing_from(seed):
 
 @contextlib.contextmanager
 def restored(model):
-    """Puts the variables of `model` that training steps change outside the optimizer, and PyTorch's generators, back
-    to what they were before."""
+    """Puts back what training steps change outside the optimizer: variables of `model`, and PyTorch's generators."""
     variables = model.non_trainable_variables
     values = [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
     try:

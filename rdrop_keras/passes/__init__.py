@@ -104,6 +104,7 @@ def _relates_rows(model, inputs, training):
 
 
 def check_dropout_rates(rates, num_passes):
+    """Raises if `rates` is not None and not a rate for each pass."""
     if rates is None:
         return
     if isinstance(rates, np.ndarray) and rates.ndim == 1:

@@ -183,6 +183,7 @@ class _Tensors:
 
 
 def num_parameters(weights):
+    """How many numbers `weights` have in all."""
     return sum(math.prod(weight.shape) for weight in weights)
 
 
