@@ -18,12 +18,12 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
-import socket
 import statistics
 import subprocess
 import sys
 import time
+
+import measure
 
 # Engine: the backend, whether replicas are processes, and what it is.
 ENGINES = {
@@ -55,7 +55,7 @@ def arguments():
 
 
 # ## One worker
-def measure(args, engine, replicas, index, addresses):
+def time_steps(args, engine, replicas, index, addresses):
     """Seconds of a step, `{kind: [of each round]}`."""
     rows, scope = args.rows * replicas, contextlib.nullcontext
     if engine == "mirrored":
@@ -104,7 +104,7 @@ def measure(args, engine, replicas, index, addresses):
             model.fit(x, y, batch_size=rows, verbose=0, shuffle=False)
             if i > 1:  # Both before may compile.
                 seconds[kind].append((time.perf_counter() - began) / STEPS)
-    return {"seconds": seconds, "versions": versions(keras)}
+    return {"seconds": seconds, "versions": measure.provenance()["versions"]}
 
 
 def encoder(args):
@@ -123,16 +123,11 @@ def encoder(args):
     return keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling1D()(h)))
 
 
-def versions(keras):
-    backend = sys.modules[keras.backend.backend()]
-    return {"python": platform.python_version(), "keras": keras.__version__, backend.__name__: backend.__version__}
-
-
 # ## All of them
 def run(args, engine, replicas):
-    """What `measure` gave to the first process."""
+    """What `time_steps` gave to the first process."""
     backend, are_processes, _ = ENGINES[engine]
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(replicas)]
+    addresses = [f"127.0.0.1:{port}" for port in measure.free_ports(replicas)]
     processes = []
     for index in range(replicas if are_processes else 1):
         environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -153,25 +148,16 @@ def run(args, engine, replicas):
     return json.loads(output.splitlines()[-1])
 
 
-def free_ports(number):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def main():
     args = arguments()
     if args.worker:
         engine, replicas, index, addresses = json.loads(args.worker)
-        print(json.dumps(measure(args, engine, replicas, index, addresses)))
+        print(json.dumps(time_steps(args, engine, replicas, index, addresses)))
         return
     results = {
-        "command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
+        **{key: value for key, value in measure.provenance().items() if key != "versions"},
         "rounds": args.rounds,
         "rows of a replica": args.rows,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "engines": {},
     }
     print(
@@ -200,7 +186,7 @@ def main():
                 flush=True,
             )
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measure.write(args.out, results)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ the same round. Peak memory is that of a process of its own for each variant, an
 
 import argparse
 import functools
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import re
 import statistics
 import subprocess
@@ -57,6 +54,7 @@ import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
+import measure  # noqa: E402
 import rdrop_keras  # noqa: E402
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -324,13 +322,10 @@ def main():
     if ARGS.memory_of:
         print(own_memory(*ARGS.memory_of))
         return
-    packages = ("keras", "keras-hub", "numpy", {"tensorflow": "tensorflow-cpu"}.get(ARGS.backend, ARGS.backend))
     result = {
-        "command": " ".join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
+        **measure.provenance(),
         "rounds": ARGS.rounds,
         "alpha": ALPHA,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "hardware": hardware(),
         "seconds_to_build_12_layers": seconds_to_build(),
         "cases": {case: timed(case) for case in ARGS.cases.split(",")},
     }
@@ -339,31 +334,7 @@ def main():
         for case, measured in result["cases"].items():
             add_memory(case, measured["variants"])
     if ARGS.out:
-        ARGS.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version(package.removesuffix("-cpu"))
-
-
-def hardware():
-    if ARGS.backend == "jax":
-        import jax
-
-        if jax.default_backend() != "cpu":
-            return jax.local_devices()[0].device_kind
-    return f"{os.cpu_count()} cores of {processor()}"
-
-
-def processor():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+        measure.write(ARGS.out, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's studies (its section 4 and appendix C.1) on two tasks small enough for a CPU.
 
 `digits` is the quickstart's: a vision Transformer on images of digits with few labels, which trains in seconds.
-`translation` is the small Transformer of `paper/translation.py` on local tables of sentence pairs. Every variant
+`translation` is the small Transformer of `translation.py` on local tables of sentence pairs. Every variant
 runs with the same seeds, twice: for as many steps as plain training, and for as many seconds; the checkpoint with the
 lowest validation loss is tested. Runs are kept in a file as they end, so that a command which is stopped goes on where
 it was when it is given again.
@@ -14,12 +14,9 @@ it was when it is given again.
 """
 
 import argparse
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -30,10 +27,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
+import measure
 import rdrop_keras
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
+sys.path.append(str(ROOT / "examples"))  # The digits are those of the quickstart.
 
 CURVES = ("consistency_loss", "loss", "task_loss", "val_accuracy", "val_loss")
 
@@ -210,37 +208,22 @@ class Results:
 
     def __init__(self, path):
         self.path = path
-        self.content = {"runs": {}}
-        if path.exists():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
+        self.content = measure.read(path, {"runs": {}})
         self.runs = self.content["runs"]
 
     def get(self, variant, budget):
         return self.runs.setdefault(variant, {}).setdefault(budget, {})
 
     def save(self, args, task):
-        packages = (
-            "keras",
-            "numpy",
-            "tensorflow" if keras.backend.backend() == "tensorflow" else keras.backend.backend(),
-        )
         self.content.update(
-            command=" ".join(["python", "benchmarks/studies.py", *sys.argv[1:]]).replace(str(args.data), "DIR"),
+            measure.provenance(shown=[(args.data, "DIR")]),
             seeds=args.seeds,
             task=args.task,
             alpha=task.alpha,
             dropout=task.dropout,
             train_rows=len(task.train[1]),
-            versions={"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-            hardware=f"{usable_cores()} of {os.cpu_count()} CPU cores",
         )
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        measure.write(self.path, self.content)
 
 
 def seconds_of_plain(results, variant, epochs):
@@ -259,8 +242,8 @@ def table(results, measures):
         cells = [variant]
         for budget in ("steps", "seconds"):
             runs = list(results.get(variant, budget).values())
-            for measure in measures:
-                cells.append(mean_and_deviation([r[measure] for r in runs], 2 if "BLEU" in measure else 3))
+            for name in measures:
+                cells.append(measure.mean_and_deviation([r[name] for r in runs], ".2f" if "BLEU" in name else ".3f"))
             if budget == "steps":
                 base = statistics.median(r["seconds a step"] for r in plain)
                 cells.append(f"{statistics.median(r['seconds a step'] for r in runs) / base:.2f}")
@@ -284,13 +267,6 @@ def draw(results, pictures, folder):
         rdrop_keras.plot.compare(histories, folder / f"studies-{name}.png")
 
 
-def mean_and_deviation(values, digits):
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), default="digits")
@@ -310,7 +286,7 @@ def arguments():
     if args.seeds < 1:
         parser.error(f"--seeds must be ≥ 1. Received: {args.seeds}")
     if args.task == "translation" and args.data is None and not args.table and args.pictures is None:
-        parser.error("--task translation needs --data, a folder of tables as paper/translation.py reads them")
+        parser.error("--task translation needs --data, a folder of tables as translation.py reads them")
     if args.out is None:
         name = "studies.json" if args.task == "digits" else f"studies_{args.task}.json"
         args.out = ROOT / "benchmarks" / "results" / name

@@ -1,4 +1,4 @@
-"""The programs of `paper/` on local data: plain training and R-Drop, in as many epochs, over seeds.
+"""The programs of the five tasks on local data: plain training and R-Drop, in as many epochs, over seeds.
 
 Every run is a command of its own, a program with flags, that writes its scores. Of several α the one with the best
 validation score at the first seed is taken for the others. Runs are kept in a file as they end, so that a command which
@@ -10,17 +10,18 @@ is stopped goes on where it was when it is given again.
 
 `DIR` of `--data` has a folder or file for each task, as the programs read them: `glue/cola`, `glue/sst2`, `glue/mrpc`,
 `glue/rte`, `glue/stsb`, `multi30k`, `cifar10_15k.zip`, `wikitext2`, `debsum`. `--encoder` is a BERT as
-`paper/glue.py` reads it.
+`glue.py` reads it.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
+
+import measure
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def command(name, args, alpha, seed):
     kind = ["--plain"] if alpha is None else ["--alpha", f"{alpha:g}"]
     encoder = ["--encoder", str(args.encoder)] if task.program == "glue.py" else []
     data = ["--data", str(args.data / task.data)]
-    return [f"benchmarks/paper/{task.program}", *data, *encoder, *task.flags.split(), *kind, "--seed", str(seed)]
+    return [f"benchmarks/{task.program}", *data, *encoder, *task.flags.split(), *kind, "--seed", str(seed)]
 
 
 class Results:
@@ -91,7 +92,7 @@ class Results:
 
     def __init__(self, path):
         self.path = path
-        self.runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.runs = measure.read(path, {})
 
     def run(self, name, args, alpha, seed):
         """The scores of a run, made if it has not been."""
@@ -108,13 +109,11 @@ class Results:
             content["command"] = " ".join(["python", *command(name, shown, alpha, seed)])
             curves = {key: [round(value, 4) for value in values] for key, values in run["curves"].items()}
             done[str(seed)] = {"scores": run["scores"], "curves": curves, **content}
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            measure.write(self.path, self.runs)
         return done[str(seed)]["scores"]
 
 
-def measure(name, args, results):
+def run_all(name, args, results):
     for alpha in TASKS[name].alphas:
         results.run(name, args, alpha, 0)
     best = float(chosen(name, results.runs[name]).removeprefix("alpha="))
@@ -143,10 +142,8 @@ def table(results):
         task, best = TASKS[name], chosen(name, kinds)
         split = "test" if f"test {task.score}" in kinds["plain"]["0"]["scores"] else "validation"
         seeds = sorted(kinds["plain"].keys() & kinds[best].keys())
-        cells = [
-            mean_and_deviation([kinds[kind][seed]["scores"][f"{split} {task.score}"] for seed in seeds])
-            for kind in ("plain", best)
-        ]
+        scores = [[kinds[kind][seed]["scores"][f"{split} {task.score}"] for seed in seeds] for kind in ("plain", best)]
+        cells = [measure.mean_and_deviation(each, ".2f" if max(map(abs, each)) > 1.5 else ".3f") for each in scores]
         flags = kinds["plain"]["0"]["command"].split()
         rows, epochs = (
             flags[flags.index(flag) + 1] if flag in flags else "all" for flag in ("--train-rows", "--epochs")
@@ -155,12 +152,6 @@ def table(results):
         columns = [name, rows, epochs, f"{task.score}, {split}", *cells, best.removeprefix("alpha="), tried, len(seeds)]
         lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values):
-    digits = 2 if max(map(abs, values)) > 1.5 else 3
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main():
@@ -183,7 +174,7 @@ def main():
         args.data = args.data.resolve()
         args.encoder = args.encoder and args.encoder.resolve()
         for name in args.tasks:
-            measure(name, args, results)
+            run_all(name, args, results)
     print(table(results))
 
 

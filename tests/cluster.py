@@ -1,24 +1,15 @@
 """Several processes of one training run, on 127.0.0.1, which stand in for several hosts."""
 
-import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
+import measure
+
 WORKER = pathlib.Path(__file__).parent / "worker.py"
-PROGRAMS = WORKER.parents[1] / "benchmarks" / "paper"
-
-
-def ports(number):
-    """Free ones, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+PROGRAMS = WORKER.parents[1] / "benchmarks"
 
 
 class Cluster:
@@ -35,7 +26,7 @@ class Cluster:
     def __init__(self, backend, size, task, folder, **options):
         self.folder = folder
         folder.mkdir(exist_ok=True, parents=True)
-        addresses = [f"127.0.0.1:{port}" for port in ports(size)]
+        addresses = [f"127.0.0.1:{port}" for port in measure.free_ports(size)]
         self.processes = []
         for i in range(size):
             (folder / f"{i}.json").unlink(missing_ok=True)

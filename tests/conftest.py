@@ -16,7 +16,7 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "paper"
+PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(PROGRAMS))
 
 if BACKEND == "tensorflow":

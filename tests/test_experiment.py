@@ -1,4 +1,4 @@
-"""`benchmarks/paper/experiment.py`: flags, resuming after a kill, the table, export, on a model of a few neurons."""
+"""`benchmarks/experiment.py`: flags, resuming after a kill, the table, export, on a model of a few neurons."""
 
 import argparse
 import json
@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 
-import cluster
 import experiment
+import measure
 import toy
 
 PROGRAMS = pathlib.Path(experiment.__file__).parent
@@ -131,7 +131,7 @@ def test_several_workers(tmp_path):
     flags = ["--strategy", "multiworker", "--timeout", 120, "--epochs", 4, "--pause", 0.5, "--backup-dir", "backup"]
     log = tmp_path / "backup" / "rdrop-0" / "log.csv"
     for victim in (1, None):
-        addresses = [f"127.0.0.1:{port}" for port in cluster.ports(2)]
+        addresses = [f"127.0.0.1:{port}" for port in measure.free_ports(2)]
         workers = []
         for index in range(2):
             environment, command = toy_process(*flags, "--results", f"{index}.json", "--export", "served")

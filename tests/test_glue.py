@@ -1,4 +1,4 @@
-"""`benchmarks/paper/glue.py`, on rows made here; encoders against BERT written out in NumPy."""
+"""`benchmarks/glue.py`, on rows made here; encoders against BERT written out in NumPy."""
 
 import json
 

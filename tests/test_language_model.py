@@ -1,4 +1,4 @@
-"""`benchmarks/paper/language_model.py`, on lines made here: each counts on from a number drawn at random."""
+"""`benchmarks/language_model.py`, on lines made here: each counts on from a number drawn at random."""
 
 import contextlib
 import gzip

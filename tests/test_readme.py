@@ -53,7 +53,7 @@ def test_commands_of_the_examples(monkeypatch, tmp_path):
     pytest.importorskip("sacrebleu")
     monkeypatch.chdir(tmp_path)
     change, *lines = blocks("bash")[2].splitlines()
-    assert change == "cd benchmarks/paper"
+    assert change == "cd benchmarks"
     commands = [shlex.split(line, comments=True) for line in lines]
     assert len(commands) >= 3
     for python, script, *flags in commands:

@@ -1,4 +1,4 @@
-"""`benchmarks/paper/summarization.py`, on packages made here: a summary says what a document begins with."""
+"""`benchmarks/summarization.py`, on packages made here: a summary says what a document begins with."""
 
 import itertools
 

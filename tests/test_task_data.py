@@ -1,4 +1,4 @@
-"""`benchmarks/paper/task_data.py`: tables, texts, and what is said of files that are not so."""
+"""`benchmarks/task_data.py`: tables, texts, and what is said of files that are not so."""
 
 import gzip
 

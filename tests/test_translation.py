@@ -1,4 +1,4 @@
-"""`benchmarks/paper/translation.py`, on sentences made here: words are renamed and their order is turned round."""
+"""`benchmarks/translation.py`, on sentences made here: words are renamed and their order is turned round."""
 
 import gzip
 

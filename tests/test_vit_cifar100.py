@@ -1,4 +1,4 @@
-"""`benchmarks/paper/vit_cifar100.py` and `task_data.read_images`, on images made here: noise of three colours."""
+"""`benchmarks/vit_cifar100.py` and `task_data.read_images`, on images made here: noise of three colours."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,4 @@
-"""An example of a few neurons, as those in `benchmarks/paper/` are made."""
+"""An example of a few neurons, as those in `benchmarks/` are made."""
 
 import argparse
 import time

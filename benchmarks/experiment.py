@@ -19,14 +19,13 @@ import json
 import math
 import os
 import pathlib
-import platform
-import statistics
 import sys
 import tempfile
 
 import keras
 import numpy as np
 
+import measure
 import rdrop_keras
 
 STRATEGIES = ("mirrored", "multiworker", "none", "tpu")
@@ -160,7 +159,7 @@ def _check_backup(parser, args, is_chief):
             )
     if is_chief:
         args.backup_dir.mkdir(parents=True, exist_ok=True)
-        _write(path, ours)
+        measure.write(path, ours)
 
 
 # ## Devices
@@ -279,7 +278,9 @@ def run_all(args, scope, train):
                 run = Run(alpha, seed, (kept if args.is_chief else own) / name, kept / name / "backup", args, scope)
                 records.append(_record(run, train, exports=(alpha, seed) == (alphas[-1], args.seed)))
                 if args.results is not None:
-                    _write(args.results, {**provenance(), "runs": records})
+                    measure.write(
+                        args.results, {**measure.provenance(), "backend": keras.backend.backend(), "runs": records}
+                    )
     if not args.is_chief:
         return
     print("\n" + table(records))
@@ -314,7 +315,7 @@ def _record(run, train, exports):
     if exports and run.args.export is not None:
         export(model, run.args.export)
         record["to call"] = how_to_call(model, run.args.export)
-    _write(done, record)
+    measure.write(done, record)
     return record
 
 
@@ -370,39 +371,12 @@ def table(records):
     columns = list(next(iter(rows.values())))
     cells = [["", *columns]]
     for name, scores in rows.items():
-        cells.append([name, *(_mean_and_deviation(scores[column]) for column in columns)])
+        cells.append([name, *(measure.mean_and_deviation(scores[column], ".4g", ".2g") for column in columns)])
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join(
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
         for row in cells
     )
-
-
-def _mean_and_deviation(values):
-    mean = statistics.mean(values)
-    return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g} ± {statistics.stdev(values):.2g}"
-
-
-def provenance():
-    """What a number needs beside it: command, versions, hardware."""
-    backend = keras.backend.backend()
-    devices = [] if backend == "torch" else keras.distribution.list_devices()  # Keras 3.15 has none for PyTorch.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    modules = {name: sys.modules.get(name) for name in ("keras", "keras_hub", "numpy", backend)}
-    versions = {name: module.__version__ for name, module in modules.items() if module is not None}
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "backend": backend,
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": [*devices, f"{cores} of {os.cpu_count()} CPU cores"],
-    }
-
-
-def _write(path, content):
-    """As JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 # ## Export
