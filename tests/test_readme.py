@@ -26,12 +26,12 @@ def blocks(language):
 
 # KerasHub warns of positional embeddings that drop masks, MirroredStrategy of the lack of accelerators.
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.needs("keras_hub")
 def test_python_blocks_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     for code in blocks("python"):
-        if "import keras_hub" in code:
-            pytest.importorskip("keras_hub")
         exec(compile(code, "README.md", "exec"), names)
     assert names["model"].built
     assert os.path.exists("rdrop.keras")
@@ -48,9 +48,8 @@ def test_two_commands():
 
 
 @pytest.mark.backends("tensorflow")
+@pytest.mark.needs("keras_hub")
 def test_commands_of_the_examples(monkeypatch, tmp_path):
-    pytest.importorskip("keras_hub")
-    pytest.importorskip("sacrebleu")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines()]
     assert len(commands) >= 3

@@ -143,9 +143,11 @@ def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
 
 
 @pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.needs("tensorflow")
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_model(name, tmp_path):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     model = trained(MODELS[name]())
     expected = model.predict(X, verbose=0)
     model.export(tmp_path / "exported", verbose=False)
@@ -156,8 +158,10 @@ def test_saved_model(name, tmp_path):
 
 
 @pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.needs("tensorflow")
 def test_saved_model_of_two_inputs(tmp_path):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     h = layers.Dropout(0.2)(layers.Concatenate()([a, b]))
     model = RDropModel(keras.Model({"a": a, "b": b}, layers.Dense(3)(h)))
@@ -170,9 +174,8 @@ def test_saved_model_of_two_inputs(tmp_path):
 # Keras's exporter tries several ways, and PyTorch and ONNX warn of some of them.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.backends("torch")
+@pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
 def test_onnx(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
     import onnxruntime
 
     model = trained(functional())
@@ -212,6 +215,7 @@ np.savez(sys.argv[1] + "/weights.npz", *model.get_weights())
 """
 
 
+@pytest.mark.slow
 def test_killed_and_restored_it_equals_an_uninterrupted_run(tmp_path):
     script = tmp_path / "training.py"
     script.write_text(TRAINING.format(path=[os.path.dirname(__file__)]))
