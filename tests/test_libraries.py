@@ -163,7 +163,9 @@ def test_task_saved_and_reloaded(hub, tmp_path):
 
 
 @pytest.mark.needs("keras_hub")
-@pytest.mark.parametrize("build", [pytest.param(gpt2, id="CausalLM"), pytest.param(bart, id="Seq2SeqLM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "build", [pytest.param(gpt2, id="CausalLM"), pytest.param(bart, id="Seq2SeqLM", marks=pytest.mark.slow)]
+)
 def test_language_models_train_and_generate(hub, build):
     task = build(hub)
     raw = (

@@ -210,7 +210,6 @@ def test_streamed_images_are_cropped_to_the_middle_and_resized(monkeypatch):
 def test_dataset_that_cannot_be_loaded(monkeypatch):
     import tensorflow_datasets as tfds
 
-
     def load(*args, **kwargs):
         raise AssertionError("Manual directory does not exist")
 
