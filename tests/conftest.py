@@ -144,6 +144,10 @@ def pytest_testnodedown(node):
     node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", node.config.stash[LEFT_OUT])
 
 
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def pytest_terminal_summary(terminalreporter, config):
     left_out = config.stash[LEFT_OUT]
     others, parts = 0, []
@@ -153,13 +157,14 @@ def pytest_terminal_summary(terminalreporter, config):
         else:
             terminalreporter.write_line(f"SKIPPED, which fails the run: {name}: {reason}", red=True)
     if left_out["slow"]:
-        parts.append(f"{left_out['slow']} slow tests (--slow runs them)")
+        parts.append(f"{counted(left_out['slow'], 'slow test')} (--slow runs them)")
     if others:
         names = " or ".join(name for name in BACKENDS if name != BACKEND)
-        parts.append(f"{others} tests of other backends (KERAS_BACKEND={names})")
+        parts.append(f"{counted(others, 'test')} of other backends (KERAS_BACKEND={names})")
     if left_out["tests"] or left_out["files"]:
         names = config.getoption("without")
-        parts.append(f"{left_out['tests']} tests and {left_out['files']} whole files that need {names} (--without)")
+        files = counted(left_out["files"], "whole file")
+        parts.append(f"{counted(left_out['tests'], 'test')} and {files} for want of {names} (--without)")
     terminalreporter.write_line(f"Left out: {', '.join(parts) or 'nothing'}")
 
 

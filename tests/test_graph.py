@@ -152,13 +152,10 @@ SMALL = [mlp, cnn, nested, two_inputs_two_outputs, masked, bert, vit, bart]
 LARGE = [mobilenet, efficientnet, resnet]
 
 
-def cases(*makes):
-    """Cases of a parametrization, marked as their models ask for."""
-    slow, hub = [pytest.mark.slow], [pytest.mark.needs("keras_hub")]
-    return [
-        pytest.param(make, marks=slow * (make in (efficientnet, resnet)) + hub * (make in (bert, vit, bart, resnet)))
-        for make in makes
-    ]
+def cases(*makes, slow=()):
+    """Cases of a parametrization; those of KerasHub need it."""
+    marks = {make: [pytest.mark.needs("keras_hub")] for make in makes if make in (bert, vit, bart, resnet)}
+    return [pytest.param(make, marks=marks.get(make, []) + [pytest.mark.slow] * (make in slow)) for make in makes]
 
 
 def wrap(make, share, **kwargs):
@@ -272,7 +269,7 @@ def test_unusual_graphs(make):
     assert_close(outputs_of_passes(late, x), outputs_of_passes(early, x))
 
 
-@pytest.mark.parametrize("make", cases(*SMALL, *LARGE))
+@pytest.mark.parametrize("make", cases(*SMALL, *LARGE, slow=(masked, vit, bart, efficientnet, resnet)))
 def test_trains_as_with_tiled_inputs(make):
     """Weights, batch-normalization statistics and the optimizer's state after three steps."""
     states = []
@@ -315,7 +312,7 @@ def two_devices():
 
 
 @pytest.mark.backends("jax", "tensorflow")
-@pytest.mark.parametrize("make", [cnn, nested])
+@pytest.mark.parametrize("make", cases(cnn, nested, slow=[nested]))
 def test_on_two_devices(make):
     states = []
     for share in ("deterministic", "nothing"):

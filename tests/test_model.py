@@ -92,8 +92,15 @@ MODELS = {
 @pytest.mark.parametrize(
     "name, policy",
     [(name, "float32") for name in MODELS if name != "recurrent"]
-    + [(name, policy) for name in ("functional", "unbuilt") for policy in ("mixed_bfloat16", "mixed_float16")]
-    + [pytest.param("recurrent", "float32", marks=pytest.mark.slow)],
+    + [("functional", "mixed_bfloat16"), ("functional", "mixed_float16")]
+    + [
+        pytest.param(name, policy, marks=pytest.mark.slow)
+        for name, policy in (
+            ("recurrent", "float32"),
+            ("unbuilt", "mixed_bfloat16"),
+            ("unbuilt", "mixed_float16"),
+        )
+    ],
 )
 def test_alpha_0_is_the_bare_model_bit_for_bit(name, policy):
     x = X[..., None] if name == "recurrent" else X

@@ -42,6 +42,10 @@ def test_two_commands():
     first, second, _ = blocks("bash")
     assert "pip install" in first and "examples/quickstart.py" in first
     assert "pip install" in second and "pytest" in second
+    # Whole, and before anything else.
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
+    assert runs == [first, second, ".ci/run\n"]
     extras = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second))):
         assert f"\n{extra} =" in extras

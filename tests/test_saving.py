@@ -40,6 +40,7 @@ def functional():
 
 
 MODELS = {"functional": functional, "sequential": lambda: mlp(seed=None), "subclassed": lambda: Subclassed(6)}
+NAMES = ["functional", "subclassed", pytest.param("sequential", marks=pytest.mark.slow)]
 
 
 def trained(model, **kwargs):
@@ -64,7 +65,7 @@ def assert_same_state(first, second):
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_reloaded_it_goes_on_where_it_stopped(name, tmp_path):
     model = trained(MODELS[name](), divergence="js", num_passes=3)
     model.save(tmp_path / "model.keras")
@@ -144,7 +145,7 @@ def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
 
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.needs("tensorflow")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_model(name, tmp_path):
     import tensorflow as tf
 

@@ -106,7 +106,15 @@ def test_models(case):
     assert_for_tpu(program(compiled(model()), x, y))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "plain steps too",
+        "rates",
+        "budget",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("passes", "inputs", "js", "schedule")),
+    ],
+)
 def test_options(options):
     _, x, y = CASES["dense"]
     assert_for_tpu(program(compiled(mlp(), **OPTIONS[options]), x, y))
