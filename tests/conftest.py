@@ -1,8 +1,15 @@
-"""Several logical CPU devices stand in for several accelerators; set before a backend starts."""
+"""Which tests run, and on what: several logical CPU devices stand in for several accelerators.
 
+Slow tests are left out unless `--slow` is given, and `--without NAME,…` leaves out those that need packages that are
+not installed. A test of another backend is skipped. Any other skip fails the run.
+"""
+
+import ast
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import sys
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -24,18 +31,141 @@ if BACKEND == "tensorflow":
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+    # Small graphs that run a few times are not worth optimizing, which takes a third of the time.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+BACKENDS = ("tensorflow", "jax", "torch")
+# The reasons for which a test may be skipped.
+ALLOWED_SKIPS = re.compile(rf"for ({'|'.join(BACKENDS)})(, ({'|'.join(BACKENDS)}))*")
+LEFT_OUT = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption(
+        "--without",
+        default="",
+        metavar="NAME,…",
+        help="leave out the tests that need these packages, by the names they are imported by",
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: runs with --slow only")
     config.addinivalue_line("markers", "backends(*names): runs on these backends only")
+    config.addinivalue_line("markers", "needs(*names): is left out by --without any of these packages")
+    config.stash[LEFT_OUT] = {"slow": 0, "tests": 0, "files": 0}
 
 
-def pytest_collection_modifyitems(items):
+def without(config):
+    return set(filter(None, config.getoption("without").split(",")))
+
+
+def needs(item):
+    return {name for marker in item.iter_markers("needs") for name in marker.args}
+
+
+def other_backends(item):
+    """The marker of a test that this backend does not run, or None."""
+    return next((marker for marker in item.iter_markers("backends") if BACKEND not in marker.args), None)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files that import a package of --without at their top."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_") or not without(config):
+        return None
+    imported = set()
+    for node in ast.parse(collection_path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    if not imported & without(config):
+        return None
+    config.stash[LEFT_OUT]["files"] += 1
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A package that is missing is an error that says how to go on."""
+    report = yield
+    advice = "Install the extra `test`: python -m pip install '.[test]'. Or leave such tests out: --without"
+    if report.failed and (missing := re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))):
+        report.longrepr = f"{report.longrepr}\n{advice} {missing[1]}"
+    needed = set()
+    for item in report.result or ():
+        if isinstance(item, pytest.Item) and not other_backends(item):
+            needed |= needs(item) - without(collector.config)
+    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+    if missing:
+        report.outcome, report.result = "failed", []
+        report.longrepr = f"Tests in {collector.nodeid} need {', '.join(missing)}. {advice} {','.join(missing)}"
+    return report
+
+
+def pytest_collection_modifyitems(config, items):
+    slow_too = config.getoption("slow") or "slow" in config.option.markexpr
+    left_out = config.stash[LEFT_OUT]
+    kept, deselected = [], []
     for item in items:
-        for marker in item.iter_markers("backends"):
-            if BACKEND not in marker.args:
-                item.add_marker(pytest.mark.skip(reason=f"for {', '.join(marker.args)}"))
+        if marker := other_backends(item):
+            item.add_marker(pytest.mark.skip(reason=f"for {', '.join(marker.args)}"), append=False)
+        elif needs(item) & without(config):
+            left_out["tests"] += 1
+            deselected.append(item)
+            continue
+        elif item.get_closest_marker("slow") and not slow_too:
+            left_out["slow"] += 1
+            deselected.append(item)
+            continue
+        kept.append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
+
+
+def skips(config):
+    """`(test, reason)` of each that was skipped."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("skipped", ()) if reporter else ():
+        yield report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # A worker of pytest-xdist tells the process that reports.
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+    elif session.exitstatus == 0 and not all(ALLOWED_SKIPS.fullmatch(reason) for _, reason in skips(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", node.config.stash[LEFT_OUT])
+
+
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash[LEFT_OUT]
+    others, parts = 0, []
+    for name, reason in skips(config):
+        if ALLOWED_SKIPS.fullmatch(reason):
+            others += 1
+        else:
+            terminalreporter.write_line(f"SKIPPED, which fails the run: {name}: {reason}", red=True)
+    if left_out["slow"]:
+        parts.append(f"{counted(left_out['slow'], 'slow test')} (--slow runs them)")
+    if others:
+        names = " or ".join(name for name in BACKENDS if name != BACKEND)
+        parts.append(f"{counted(others, 'test')} of other backends (KERAS_BACKEND={names})")
+    if left_out["tests"] or left_out["files"]:
+        names = config.getoption("without")
+        files = counted(left_out["files"], "whole file")
+        parts.append(f"{counted(left_out['tests'], 'test')} and {files} for want of {names} (--without)")
+    terminalreporter.write_line(f"Left out: {', '.join(parts) or 'nothing'}")
 
 
 @pytest.fixture

@@ -103,7 +103,9 @@ def test_budget_out_of_reach_warns_once():
 
 
 def real_model(budget):
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
     x = (digits.data / 16).astype("float32")
     keras.utils.set_random_seed(4)
     model = keras.Sequential(

@@ -47,6 +47,7 @@ def toy_process(*values):
     return environment, [sys.executable, toy.__file__, *map(str, values)]
 
 
+@pytest.mark.slow
 def test_a_kill_is_resumed(tmp_path, monkeypatch):
     """After SIGKILL in the fourth epoch the same command goes on from there, with the curves of those before."""
     environment, command = toy_process("--backup-dir", "backup", "--results", "x.json", "--epochs", 6, "--pause", 0.3)
@@ -82,8 +83,10 @@ def test_a_backup_of_other_flags_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.needs("tensorflow")
 def test_the_printed_call_of_the_export_runs(run_example, capsys):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     run_example(toy, "--export", "served")
     printed = capsys.readouterr().out.split("To load and call it:\n\n")[1]
     names = {}

@@ -3,13 +3,12 @@
 import json
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
+import safetensors.numpy
 
-keras_hub = pytest.importorskip("keras_hub")
-pytest.importorskip("sklearn")
-
-import glue  # noqa: E402
+import glue
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 NOUNS = ("film", "book", "song", "play")
@@ -55,7 +54,6 @@ def data(tmp_path):
 @pytest.fixture
 def encoder(tmp_path):
     """A small BERT in Hugging Face's files."""
-    safetensors = pytest.importorskip("safetensors.numpy")
     rng = np.random.default_rng(1)
     width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     shapes = {
@@ -80,7 +78,7 @@ def encoder(tmp_path):
     tensors = {name: rng.normal(0, 0.5, shape).astype("float32") for name, shape in shapes.items()}
     folder = tmp_path / "encoder"
     folder.mkdir()
-    safetensors.save_file(tensors, folder / "model.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     return folder, tensors
@@ -184,8 +182,6 @@ def test_encoder_is_mapped_layer_by_layer(encoder, monkeypatch):
 
 
 def test_encoder_with_left_over_parameters_is_refused(encoder, monkeypatch, capsys):
-    import safetensors.numpy
-
     folder, tensors = encoder
     safetensors.numpy.save_file({**tensors, "extra.weight": np.zeros(3, "float32")}, folder / "model.safetensors")
     with pytest.raises(SystemExit):
@@ -211,7 +207,8 @@ def test_a_preset_of_kerashub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", sorted(glue.TASKS))
 def test_default_data_is_of_tensorflow_datasets(task, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     with tfds.testing.mock_data(num_examples=6):
         data = glue.load_data(arguments(monkeypatch, "--task", task, "--train-rows", 4))
     assert [len(labels) for _, labels in data.values()] == [4, *[6] * (len(data) - 1)]

@@ -24,7 +24,9 @@ def labels(classes, *shape):
 
 
 def hub():
-    return pytest.importorskip("keras_hub").models
+    import keras_hub
+
+    return keras_hub.models
 
 
 def mlp():
@@ -147,7 +149,13 @@ def bart():
 
 
 SMALL = [mlp, cnn, nested, two_inputs_two_outputs, masked, bert, vit, bart]
-LARGE = [pytest.param(make, marks=pytest.mark.slow) for make in (mobilenet, efficientnet, resnet)]
+LARGE = [mobilenet, efficientnet, resnet]
+
+
+def cases(*makes, slow=()):
+    """Cases of a parametrization; those of KerasHub need it."""
+    marks = {make: [pytest.mark.needs("keras_hub")] for make in makes if make in (bert, vit, bart, resnet)}
+    return [pytest.param(make, marks=marks.get(make, []) + [pytest.mark.slow] * (make in slow)) for make in makes]
 
 
 def wrap(make, share, **kwargs):
@@ -198,8 +206,8 @@ def batch_sizes(monkeypatch, function):
     return seen
 
 
-@pytest.mark.parametrize(("make", "num_passes"), [(make, 2) for make in SMALL] + [(cnn, 3)])
-def test_equals_tiling_the_inputs(make, num_passes):
+@pytest.mark.parametrize("make", cases(*SMALL))
+def test_equals_tiling_the_inputs(make, num_passes=2):
     late, x, y = wrap(make, "deterministic", num_passes=num_passes)
     early, _, _ = wrap(make, "nothing", num_passes=num_passes)
     assert late._passes.graph.shares and not early._passes.graph.shares
@@ -211,6 +219,10 @@ def test_equals_tiling_the_inputs(make, num_passes):
     assert_close(logs_late, logs_early)
     assert logs_late["consistency_loss"] > 0
     assert_close(gradients_late, gradients_early)
+
+
+def test_equals_tiling_the_inputs_three_times():
+    test_equals_tiling_the_inputs(cnn, num_passes=3)
 
 
 def masked_across_models():
@@ -257,7 +269,7 @@ def test_unusual_graphs(make):
     assert_close(outputs_of_passes(late, x), outputs_of_passes(early, x))
 
 
-@pytest.mark.parametrize("make", SMALL + LARGE)
+@pytest.mark.parametrize("make", cases(*SMALL, *LARGE, slow=(masked, vit, bart, efficientnet, resnet)))
 def test_trains_as_with_tiled_inputs(make):
     """Weights, batch-normalization statistics and the optimizer's state after three steps."""
     states = []
@@ -300,7 +312,7 @@ def two_devices():
 
 
 @pytest.mark.backends("jax", "tensorflow")
-@pytest.mark.parametrize("make", [cnn, nested])
+@pytest.mark.parametrize("make", cases(cnn, nested, slow=[nested]))
 def test_on_two_devices(make):
     states = []
     for share in ("deterministic", "nothing"):
@@ -322,7 +334,7 @@ def test_mixed_precision(policy):
     np.testing.assert_allclose(outputs.astype("float64"), expected.astype("float64"), atol=0.03)
 
 
-@pytest.mark.parametrize("make", [cnn, nested, two_inputs_two_outputs, bert])
+@pytest.mark.parametrize("make", cases(cnn, nested, two_inputs_two_outputs, bert))
 def test_how_often_each_layer_runs(make, monkeypatch):
     """Every layer sees the batch once: as it is before the first randomness, and m times as long after it."""
     model, x, _ = wrap(make, "deterministic", num_passes=3)

@@ -6,15 +6,13 @@ import math
 import types
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
+import experiment
+import language_model
 import rdrop_keras
-
-keras_hub = pytest.importorskip("keras_hub")
-
-import experiment  # noqa: E402
-import language_model  # noqa: E402
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 SIZES = {"train": 512, "valid": 50, "test": 30}
@@ -244,7 +242,8 @@ def test_articles_become_lines():
 
 
 def test_default_data_is_of_tensorflow_datasets(monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     monkeypatch.setattr("sys.argv", ["language_model.py", "--train-rows", "5"])
     monkeypatch.setattr(language_model, "SCORED_ARTICLES", 3)
     read, load, splits = [], tfds.load, []

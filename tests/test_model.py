@@ -89,11 +89,20 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name, policy",
+    [(name, "float32") for name in MODELS if name != "recurrent"]
+    + [("functional", "mixed_bfloat16"), ("functional", "mixed_float16")]
+    + [
+        pytest.param(name, policy, marks=pytest.mark.slow)
+        for name, policy in (
+            ("recurrent", "float32"),
+            ("unbuilt", "mixed_bfloat16"),
+            ("unbuilt", "mixed_float16"),
+        )
+    ],
+)
 def test_alpha_0_is_the_bare_model_bit_for_bit(name, policy):
-    if policy != "float32" and name not in ("functional", "unbuilt"):
-        pytest.skip("two models in mixed precision are enough")
     x = X[..., None] if name == "recurrent" else X
 
     def train(wrap):
@@ -123,15 +132,13 @@ def test_alpha_0_is_the_bare_model_bit_for_bit(name, policy):
         {"run_eagerly": True},
         # PyTorch's compiler warns of itself and of Keras, and takes a warning made an error for a failure.
         pytest.param({"jit_compile": True}, marks=pytest.mark.filterwarnings("ignore")),
-        {"steps_per_execution": 3},
+        # Keras has none on PyTorch.
+        pytest.param({"steps_per_execution": 3}, marks=pytest.mark.backends("tensorflow", "jax")),
         {},
     ],
     ids=str,
 )
 def test_modes_of_compile_agree(mode):
-    if "steps_per_execution" in mode and BACKEND == "torch":
-        pytest.skip("Keras has no steps_per_execution on PyTorch")
-
     def train(**mode):
         keras.utils.set_random_seed(3)
         x = keras.Input((4,))
@@ -160,18 +167,28 @@ def datasets():
         yield from Batches()
 
     def tf_data():
-        tf = pytest.importorskip("tensorflow")
+        import tensorflow as tf
+
         return tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
 
     def data_loader():
-        torch = pytest.importorskip("torch")
+        import torch
+
         dataset = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
         return torch.utils.data.DataLoader(dataset, batch_size=8)
 
     return {"PyDataset": Batches, "generator": generator, "tf.data": tf_data, "DataLoader": data_loader}
 
 
-@pytest.mark.parametrize("kind", datasets())
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "PyDataset",
+        "generator",
+        pytest.param("tf.data", marks=pytest.mark.needs("tensorflow")),
+        pytest.param("DataLoader", marks=pytest.mark.backends("torch")),
+    ],
+)
 def test_datasets_are_as_arrays(kind):
     def train(*data, **kwargs):
         keras.utils.set_random_seed(3)
@@ -371,8 +388,8 @@ def test_callbacks(tmp_path):
     assert again.evaluate(X, Y, verbose=0)[0] == pytest.approx(history.history["val_loss"][1], rel=1e-5)
 
 
+@pytest.mark.needs("tensorflow")
 def test_tensor_board(tmp_path):
-    pytest.importorskip("tensorflow")
     model = compiled(mlp())
     model.fit(X, Y, validation_data=(X, Y), verbose=0, callbacks=[keras.callbacks.TensorBoard(str(tmp_path))])
     assert list(tmp_path.glob("train/*")) and list(tmp_path.glob("validation/*"))

@@ -7,7 +7,6 @@ import pytest
 from models import mlp
 from rdrop_keras import RDropModel, plot
 
-pytest.importorskip("matplotlib")
 X = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32")
 

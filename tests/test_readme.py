@@ -26,12 +26,12 @@ def blocks(language):
 
 # KerasHub warns of positional embeddings that drop masks, MirroredStrategy of the lack of accelerators.
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.needs("keras_hub")
 def test_python_blocks_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     for code in blocks("python"):
-        if "import keras_hub" in code:
-            pytest.importorskip("keras_hub")
         exec(compile(code, "README.md", "exec"), names)
     assert names["model"].built
     assert os.path.exists("rdrop.keras")
@@ -42,15 +42,18 @@ def test_two_commands():
     first, second, _ = blocks("bash")
     assert "pip install" in first and "examples/quickstart.py" in first
     assert "pip install" in second and "pytest" in second
+    # Whole, and before anything else.
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
+    assert runs == [first, second, ".ci/run\n"]
     extras = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second))):
         assert f"\n{extra} =" in extras
 
 
 @pytest.mark.backends("tensorflow")
+@pytest.mark.needs("keras_hub")
 def test_commands_of_the_examples(monkeypatch, tmp_path):
-    pytest.importorskip("keras_hub")
-    pytest.importorskip("sacrebleu")
     monkeypatch.chdir(tmp_path)
     change, *lines = blocks("bash")[2].splitlines()
     assert change == "cd benchmarks"

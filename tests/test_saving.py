@@ -41,6 +41,7 @@ def functional():
 
 
 MODELS = {"functional": functional, "sequential": lambda: mlp(seed=None), "subclassed": lambda: Subclassed(6)}
+NAMES = ["functional", "subclassed", pytest.param("sequential", marks=pytest.mark.slow)]
 
 
 def trained(model, **kwargs):
@@ -65,7 +66,7 @@ def assert_same_state(first, second):
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_reloaded_it_goes_on_where_it_stopped(name, tmp_path):
     model = trained(MODELS[name](), divergence="js", num_passes=3)
     model.save(tmp_path / "model.keras")
@@ -144,9 +145,11 @@ def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
 
 
 @pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.needs("tensorflow")
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_model(name, tmp_path):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     model = trained(MODELS[name]())
     expected = model.predict(X, verbose=0)
     model.export(tmp_path / "exported", verbose=False)
@@ -157,8 +160,10 @@ def test_saved_model(name, tmp_path):
 
 
 @pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.needs("tensorflow")
 def test_saved_model_of_two_inputs(tmp_path):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     h = layers.Dropout(0.2)(layers.Concatenate()([a, b]))
     model = RDropModel(keras.Model({"a": a, "b": b}, layers.Dense(3)(h)))
@@ -171,9 +176,8 @@ def test_saved_model_of_two_inputs(tmp_path):
 # Keras's exporter tries several ways, and PyTorch and ONNX warn of some of them.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.backends("torch")
+@pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
 def test_onnx(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
     import onnxruntime
 
     model = trained(functional())
@@ -213,6 +217,7 @@ np.savez(sys.argv[1] + "/weights.npz", *model.get_weights())
 """
 
 
+@pytest.mark.slow
 def test_killed_and_restored_it_equals_an_uninterrupted_run(tmp_path):
     script = tmp_path / "training.py"
     script.write_text(TRAINING.format(path=[os.path.dirname(__file__)]))

@@ -3,15 +3,12 @@
 import itertools
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
-keras_hub = pytest.importorskip("keras_hub")
-pytest.importorskip("rouge_score")
-pytest.importorskip("tokenizers")
-
-import experiment  # noqa: E402
-import summarization  # noqa: E402
+import experiment
+import summarization
 
 KINDS, THINGS = ("fast", "small", "free", "portable"), ("game", "shell", "editor", "player")
 SIZES = {"train": 192, "validation": 32, "test": 20}
@@ -117,7 +114,8 @@ def test_preset_is_fine_tuned(run_example, data, preset):
 
 # ## The data and its tokens
 def test_default_data_is_of_tensorflow_datasets(parse):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     with tfds.testing.mock_data(num_examples=8):
         texts = summarization.load_data(parse("--train-rows", 5))
     assert {split: (len(a), len(b)) for split, (a, b) in texts.items()} == {

@@ -82,8 +82,9 @@ def test_without_tensorflow_datasets(monkeypatch, capsys):
     assert "pip install tensorflow tensorflow-datasets" in capsys.readouterr().err
 
 
+@pytest.mark.needs("tensorflow_datasets", "tensorflow")
 def test_a_download_that_fails_names_the_other_way(monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
 
     def fails(*args, **kwargs):
         raise ConnectionError("no network")

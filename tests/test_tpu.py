@@ -47,7 +47,8 @@ def assert_for_tpu(text):
 
 
 def bert():
-    hub = pytest.importorskip("keras_hub")
+    import keras_hub as hub
+
     backbone = hub.models.BertBackbone(50, 2, 2, 8, 16, dropout=0.1, max_sequence_length=12)
     return hub.models.BertTextClassifier(backbone, 3, preprocessor=None, dropout=0.1)
 
@@ -91,13 +92,29 @@ def compiled(model, optimizer="adam", **options):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dense",
+        "convolutions",
+        "masked tokens",
+        pytest.param("bert", marks=[pytest.mark.slow, pytest.mark.needs("keras_hub")]),
+    ],
+)
 def test_models(case):
     model, x, y = CASES[case]
     assert_for_tpu(program(compiled(model()), x, y))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "plain steps too",
+        "rates",
+        "budget",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("passes", "inputs", "js", "schedule")),
+    ],
+)
 def test_options(options):
     _, x, y = CASES["dense"]
     assert_for_tpu(program(compiled(mlp(), **OPTIONS[options]), x, y))

@@ -3,14 +3,11 @@
 import gzip
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
-keras_hub = pytest.importorskip("keras_hub")
-pytest.importorskip("sacrebleu")
-pytest.importorskip("sentencepiece")
-
-import translation  # noqa: E402
+import translation
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "sechs", "six": "acht"}
 SIZES = {"train": 256, "validation": 32, "test": 32}
@@ -122,7 +119,8 @@ def test_model_is_saved_and_loaded(tmp_path):
 
 
 def test_default_data_is_of_tensorflow_datasets(monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     monkeypatch.setattr("sys.argv", ["translation.py", "--train-rows", "5"])
     with tfds.testing.mock_data(num_examples=8):
         pairs, languages = translation.load_data(translation.parse_arguments())

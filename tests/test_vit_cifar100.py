@@ -6,15 +6,14 @@ import io
 import zipfile
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
+from PIL import Image
 
-keras_hub = pytest.importorskip("keras_hub")
-Image = pytest.importorskip("PIL.Image")
-
-import rdrop_keras  # noqa: E402
-import task_data  # noqa: E402
-import vit_cifar100  # noqa: E402
+import rdrop_keras
+import task_data
+import vit_cifar100
 
 CLASSES = ("blue", "green", "red")
 COUNTS = {"train": 40, "test": 5}  # Of each class: 36 of the 40 are trained on.
@@ -128,7 +127,8 @@ def test_learns_and_is_scored(run_example, trained, data, capsys):
 @pytest.mark.backends("tensorflow")
 def test_preset_is_fine_tuned_on_augmented_images(run_example, trained, data, preset, tmp_path):
     """Images larger than those of the preset, MixUp, smoothed labels; and the SavedModel takes bytes."""
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     flags = ("--preset", preset, "--image-size", 12, "--mixup", 0.2, "--label-smoothing", 0.1)
     export = tmp_path / "served"
     (run,) = run_example(vit_cifar100, "--data", data, *RUN, *flags, "--epochs", 4, "--export", export)
@@ -143,7 +143,8 @@ def test_preset_is_fine_tuned_on_augmented_images(run_example, trained, data, pr
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow", "jax")
 def test_imagenet_is_streamed(run_example, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     flags = ("--dataset", "imagenet2012", "--preset", "none", "--train-rows", 8, "--batch-size", 4, "--epochs", 1)
     with tfds.testing.mock_data(num_examples=10):
         (run,) = run_example(vit_cifar100, *flags)
@@ -153,7 +154,8 @@ def test_imagenet_is_streamed(run_example, monkeypatch):
 
 # ## The data
 def test_default_data_is_of_tensorflow_datasets(monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     args = arguments(monkeypatch, "--train-rows", 5)
     assert (args.dataset, args.preset) == ("cifar100", "vit_base_patch16_224_imagenet")
     assert args.preset in keras_hub.models.ViTImageClassifier.presets
@@ -172,8 +174,9 @@ def test_default_data_is_of_tensorflow_datasets(monkeypatch):
 
 
 def test_streamed_images_are_cropped_to_the_middle_and_resized(monkeypatch):
-    tf = pytest.importorskip("tensorflow")
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), "uint8")
     read = []
 
@@ -205,7 +208,7 @@ def test_streamed_images_are_cropped_to_the_middle_and_resized(monkeypatch):
 
 
 def test_dataset_that_cannot_be_loaded(monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
 
     def load(*args, **kwargs):
         raise AssertionError("Manual directory does not exist")
@@ -245,7 +248,8 @@ def test_validation_split_is_used_if_there_is_one(monkeypatch, tmp_path, files):
 # ## Augmentation
 @pytest.mark.backends("tensorflow", "jax")
 def test_mixup_mixes_images_and_labels_alike(monkeypatch):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     args = arguments(monkeypatch, "--mixup", 1.0, "--batch-size", 8)
     labels = np.eye(2, dtype="float32")[np.arange(20) % 2]
     images = np.broadcast_to(labels[:, 1, None, None, None] * 200, (20, 4, 4, 3)).astype("uint8")
@@ -261,7 +265,6 @@ def test_mixup_mixes_images_and_labels_alike(monkeypatch):
 
 @pytest.mark.backends("tensorflow")
 def test_rand_augment_changes_images_alone(monkeypatch):
-    pytest.importorskip("tensorflow")
     args = arguments(monkeypatch, "--rand-augment", "--batch-size", 16)
     assert args.rand_augment == vit_cifar100.RAND_AUGMENT_FACTOR
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), "uint8")
@@ -379,7 +382,8 @@ def test_bad_flags(run_example, data, capsys, flags, message):
 
 
 def test_batch_larger_than_the_stream(monkeypatch, capsys):
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     args = arguments(monkeypatch, "--batch-size", 4)
     row = np.zeros((8, 8, 3), "uint8"), np.zeros(3, "float32")
     with pytest.raises(SystemExit):
