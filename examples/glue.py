@@ -67,11 +67,11 @@ def load_data(task, folder=None):
     for split in ("train", "validation_matched" if task == "mnli" and folder is None else "validation"):
         label = "score" if num_classes == 1 and folder is not None else "label"
         if folder is None:
-            table = tfds.as_numpy(tfds.load(f"glue/{task}", split=split, batch_size=-1))
+            rows = list(tfds.as_numpy(tfds.load(f"glue/{task}", split=split)))
         else:
-            table = read_table(folder, split, [*columns, label])
-        texts = tuple([tf.compat.as_text(text) for text in table[column]] for column in columns)
-        labels = np.array(table[label], "float32" if num_classes == 1 else "int32")
+            rows = read_table(folder, split, [*columns, label])
+        texts = tuple([tf.compat.as_text(row[column]) for row in rows] for column in columns)
+        labels = np.array([row[label] for row in rows], "float32" if num_classes == 1 else "int32")
         if num_classes > 1 and not np.isin(labels, range(num_classes)).all():
             raise ValueError(f"Labels of {task} must be classes from 0 to {num_classes - 1}, in the {split} split.")
         splits.append((texts, labels))
@@ -88,8 +88,7 @@ def read_table(folder, split, columns):
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if not set(columns) <= set(reader.fieldnames or []):
             raise ValueError(f"{path} must have columns {', '.join(columns)}. Received: {reader.fieldnames}.")
-        rows = list(reader)
-    return {column: [row[column] for row in rows] for column in columns}
+        return list(reader)
 
 
 # ## Batches
@@ -117,7 +116,6 @@ def build_classifier(task, texts=None):
     if texts is None:
         preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
         return keras_hub.models.TextClassifier.from_preset(PRESET, num_classes=num_classes, preprocessor=preprocessor)
-
     words = collections.Counter(re.findall(r"\w+|[^\w\s]", " ".join(map(" ".join, texts)).lower()))
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word, _ in words.most_common(8_000))]
     tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=True)
@@ -161,7 +159,6 @@ def score(task, labels, outputs):
 #
 # On TensorFlow the model is made in the scope of a strategy; several workers, which find each other by the variable
 # `TF_CONFIG`, all run this program. On JAX one line, before the model is made, lets all devices share each batch.
-#
 # `BackupAndRestore` keeps the state of training: after an interruption the same command goes on. Of several workers the
 # first writes, where all can read. `tensorboard --logdir runs` shows the curves.
 STRATEGIES = {
@@ -184,7 +181,6 @@ def main():
     args = parser.parse_args()
     if not 0 <= args.alpha < float("inf"):
         parser.error(f"--alpha must be a number ≥ 0. Received: {args.alpha}")
-
     keras.utils.set_random_seed(SEED)
     strategy = STRATEGIES[args.strategy]()
     if keras.backend.backend() == "jax":
@@ -202,14 +198,12 @@ def main():
     callbacks = [keras.callbacks.BackupAndRestore(f"{output}/backup", save_freq, delete_checkpoint=is_first)]
     callbacks += [keras.callbacks.TensorBoard(f"{output}/logs")] if is_first else []
     model.fit(train_batches, validation_data=validation_batches, epochs=args.epochs, callbacks=callbacks)
-
     texts, labels = validation
     outputs = model.predict(validation_batches)[: len(labels)]
     for name, value in score(args.task, labels, outputs).items():
         print(f"{args.task} {name}: {value:.4f}")
 
-    # The SavedModel is BERT alone and takes tokens, all as integers. It is written on TensorFlow; elsewhere we save the
-    # KerasHub task, tokenizer included.
+    # The SavedModel takes tokens, all as integers. On other backends we save the KerasHub task, tokenizer included.
     if is_first and keras.backend.backend() == "tensorflow":
         model.export(f"{output}/served", verbose=False)
         tokens = classifier.preprocess_samples(tuple(column[:2] for column in texts))
