@@ -8,13 +8,9 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-keras_hub = pytest.importorskip("keras_hub")
-tfds = pytest.importorskip("tensorflow_datasets")
-pytest.importorskip("scipy")
-pytest.importorskip("sklearn")
-
-import rdrop_keras  # noqa: E402
+import rdrop_keras
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
