@@ -59,7 +59,7 @@ def test_imports_make_no_circle():
 
 def test_every_room_is_installed():
     packages = {".".join(path.relative_to(PACKAGE.parent).parent.parts) for path in PACKAGE.rglob("__init__.py")}
-    setup = (PACKAGE.parent / "setup.cfg").read_text(encoding="utf-8")
+    setup = (pathlib.Path(__file__).parents[1] / "setup.cfg").read_text(encoding="utf-8")
     listed = setup.split("packages =\n")[1].split("\npython_requires")[0].split()
     assert set(listed) == packages
 

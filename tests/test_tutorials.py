@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 import rdrop_keras
 
@@ -77,7 +78,6 @@ def write_tables(folder, label, rows, texts):
 
 @pytest.fixture
 def images(tmp_path):
-    image_module = pytest.importorskip("PIL.Image")
     rng = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 7)):
         for channel, colour in enumerate(reversed(COLOURS)):
@@ -86,7 +86,7 @@ def images(tmp_path):
             for i in range(count):
                 pixels = rng.integers(0, 160, (8, 8, 3))
                 pixels[..., channel] += 90
-                image_module.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
     return tmp_path / "images"
 
 

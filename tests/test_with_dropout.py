@@ -16,7 +16,9 @@ HALF_TOLERANCE = 1e-2  # Eight bits of bfloat16; in these types the backends rou
 
 @pytest.fixture(scope="module")
 def hub():
-    return pytest.importorskip("keras_hub")
+    import keras_hub
+
+    return keras_hub
 
 
 def outputs(model, x):
@@ -469,6 +471,7 @@ def inputs_of(model):
     return keras.tree.map_structure(one, model.input)
 
 
+@pytest.mark.needs("keras_hub")
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_backbones(hub, name):
     model = randomized(backbone(hub, name))
@@ -481,6 +484,7 @@ def test_backbones(hub, name):
     )
 
 
+@pytest.mark.needs("keras_hub")
 def test_rates_above_0_of_a_configuration_are_set_too(hub):
     task = hub.models.ViTImageClassifier(backbone(hub, "ViT", dropout_rate=0.3), 2, dropout=0.5)
     new = with_dropout(task, 0.1)
@@ -492,6 +496,7 @@ def test_rates_above_0_of_a_configuration_are_set_too(hub):
     assert rates_of(new)["head"] == 0.5 and sorted(set(rates_of(new).values())) == [0.1, 0.5]
 
 
+@pytest.mark.needs("keras_hub")
 def test_image_classifier_whose_backbone_has_no_dropout(hub):
     net = hub.models.ResNetBackbone([64], [7], [64, 64], [1, 1], [1, 2], "basic_block", image_shape=(16, 16, 3))
     with pytest.raises(ValueError, match=r"must have a dropout layer.*ResNetBackbone"):
@@ -501,6 +506,7 @@ def test_image_classifier_whose_backbone_has_no_dropout(hub):
     assert rates_of(new) == {"output_dropout": 0.1}
 
 
+@pytest.mark.needs("keras_hub")
 def test_language_model_keeps_preprocessor_and_sampler(hub):
     vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate("abcdefghijĠ")}, "ab": 12}
     tokenizer = hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=["a b"])
@@ -516,6 +522,7 @@ def test_language_model_keeps_preprocessor_and_sampler(hub):
     assert model.fit(["a b c", "d"], verbose=0).history["consistency_loss"][0] > 0
 
 
+@pytest.mark.needs("keras_hub")
 def test_lora_of_a_backbone(hub, tmp_path):
     model = backbone(hub, "Gemma")
     model.enable_lora(2)
@@ -529,6 +536,7 @@ def test_lora_of_a_backbone(hub, tmp_path):
     np.testing.assert_allclose(outputs(model, x)[0], expected[0], atol=TOLERANCE)
 
 
+@pytest.mark.needs("keras_hub")
 def test_error_without_dropout_names_the_remedy(hub):
     for name, remedy in {"GPT2": "with_dropout", "Falcon": "with_dropout"}.items():
         with pytest.raises(ValueError, match=f"needs a layer that is random in training.*{remedy}"):
