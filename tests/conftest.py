@@ -54,7 +54,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
     config.addinivalue_line("markers", "backends(*names): runs on these backends only")
     config.addinivalue_line("markers", "needs(*names): is left out by --without any of these packages")
-    config.stash[LEFT_OUT] = {"slow": 0, "tests": 0, "files": 0}
+    config.stash[LEFT_OUT] = {"slow": 0, "tests": 0, "files": []}
 
 
 def without(config):
@@ -82,7 +82,7 @@ def pytest_ignore_collect(collection_path, config):
             imported.add(node.module.partition(".")[0])
     if not imported & without(config):
         return None
-    config.stash[LEFT_OUT]["files"] += 1
+    config.stash[LEFT_OUT]["files"].append(str(collection_path))
     return True
 
 
@@ -163,7 +163,7 @@ def pytest_terminal_summary(terminalreporter, config):
         parts.append(f"{counted(others, 'test')} of other backends (KERAS_BACKEND={names})")
     if left_out["tests"] or left_out["files"]:
         names = config.getoption("without")
-        files = counted(left_out["files"], "whole file")
+        files = counted(len(set(left_out["files"])), "whole file")
         parts.append(f"{counted(left_out['tests'], 'test')} and {files} for want of {names} (--without)")
     terminalreporter.write_line(f"Left out: {', '.join(parts) or 'nothing'}")
 

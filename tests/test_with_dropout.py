@@ -237,6 +237,7 @@ def test_nothing_of_the_user_need_be_registered():
     assert new.get_layer("scale").dropout == 0.1 and not new.compiled and model.compiled
 
 
+@pytest.mark.needs("tensorflow")
 def test_state_that_is_not_in_variables():
     x, words = keras.Input((2,)), keras.Input((1,), dtype="string", name="words")
     normalization, lookup = layers.Normalization(), layers.StringLookup()
