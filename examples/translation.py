@@ -1,0 +1,239 @@
+"""Training a translation model with R-Drop.
+
+A Transformer learns to translate from pairs of sentences alone: an encoder reads the source, a decoder writes the
+target. This was the first task of the R-Drop paper (section 3.1), where it gained most. Here the model is trained from
+scratch with R-Drop, then translates, is scored by BLEU, exported and loaded again. R-Drop is the one line that wraps it:
+
+    model = rdrop_keras.RDropModel(translator, alpha=5.0, divergence=rdrop_keras.Divergence("kl", from_logits=True))
+
+To install what it needs, in a copy of the repository, and to run it (on every backend `tf.data` needs TensorFlow):
+
+    python -m pip install ".[tensorflow,tasks]"
+    python examples/translation.py
+    python examples/translation.py --small --data FOLDER
+
+The second command downloads Portuguese and English TED talks by tensorflow-datasets and trains the paper's model, for
+which you want a GPU. The third needs neither: it trains a small model on tables in a folder of yours.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import pathlib
+
+import keras
+import keras_hub
+import numpy as np
+import sacrebleu
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import tokenizers
+
+import rdrop_keras
+
+DATASET, SOURCE, TARGET = "ted_hrlr_translate/pt_to_en", "pt", "en"  # Or "wmt14_translate/de-en", "de", "en".
+ALPHA = 5.0
+LABEL_SMOOTHING = 0.1
+EPOCHS = 60
+BATCH_SIZE = 128  # Of all devices together.
+LEARNING_RATE = 5e-4
+WARMUP = 0.1  # The part of all steps in which the learning rate rises.
+DECODING_BATCH_SIZE = 64
+SEED = 0
+# The paper's model, and that of `--small`. Sentences of more than `max_length` tokens are cut.
+PAPER = {"num_layers": 6, "hidden_dim": 512, "dropout": 0.3, "vocabulary_size": 10_000, "max_length": 64}
+SMALL = {"num_layers": 2, "hidden_dim": 128, "dropout": 0.1, "vocabulary_size": 4_000, "max_length": 32}
+
+
+# ## The data
+#
+# A split is a pair of lists: the sentences to translate, and their translations. With `--data` it is a table in a
+# folder: `train.tsv`, `validation.tsv` (or `valid.tsv`, `dev.tsv`) and `test.tsv`, perhaps gzipped. The first line of a
+# table names its two columns, which are separated by a tab. The first column is translated into the second.
+def load_data(folder=None, rows=None):
+    """`{split: (sources, targets)}`. `rows` limits the training split."""
+    splits = {}
+    for split, names in {"train": ["train"], "validation": ["validation", "valid", "dev"], "test": ["test"]}.items():
+        if folder is None:
+            table = tfds.as_numpy(tfds.load(DATASET, split=split, batch_size=-1))
+            columns = [[tf.compat.as_text(text) for text in table[language]] for language in (SOURCE, TARGET)]
+        else:
+            columns = read_table(folder, names)
+        splits[split] = tuple(column[: rows if split == "train" else None] for column in columns)
+        if len(splits[split][0]) < BATCH_SIZE and split != "test":
+            raise ValueError(f"BATCH_SIZE must be ≤ the {len(splits[split][0])} {split} rows. Received: {BATCH_SIZE}.")
+    return splits
+
+
+def read_table(folder, names):
+    names = [f"{name}.tsv{ending}" for name in names for ending in ("", ".gz")]
+    path = next((path for path in (pathlib.Path(folder, name) for name in names) if path.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"--data must be a folder with one of {', '.join(names)}. Received: {folder}")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    for line, row in enumerate([header, *rows], 1):
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {line}: there must be two columns, separated by a tab. Received: {row}.")
+    return [list(column) for column in zip(*rows)]
+
+
+# ## Batches
+#
+# The batches hold raw sentences, which the KerasHub task tokenizes while it trains. It never shuffles what it is given,
+# so we shuffle here, anew in each epoch. Rows that fill no batch are left out, so that several devices can split every
+# batch evenly.
+def make_batches(sources, targets, shuffle=False):
+    rows = tf.data.Dataset.from_tensor_slices({"encoder_text": list(sources), "decoder_text": list(targets)})
+    rows = rows.shuffle(len(sources), seed=SEED) if shuffle else rows
+    return rows.batch(BATCH_SIZE, drop_remainder=True)
+
+
+# ## The vocabulary
+#
+# Encoder and decoder share a vocabulary of word pieces, learned from the training sentences of both languages.
+def train_tokenizer(texts, vocabulary_size):
+    trainer = tokenizers.ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer.train_from_iterator(texts, vocabulary_size, special_tokens=specials, show_progress=False)
+    pieces = json.loads(trainer.to_str())["model"]
+    return keras_hub.models.BartTokenizer(pieces["vocab"], [" ".join(pair) for pair in pieces["merges"]])
+
+
+# ## The model
+#
+# KerasHub's BART is the encoder-decoder Transformer that we need. It shares its embeddings as the paper's model does,
+# and as a KerasHub task it takes sentences in `fit` and writes sentences in `generate`.
+def build_model(texts, num_layers, hidden_dim, dropout, vocabulary_size, max_length):
+    """A translator that knows the words of `texts`. Its weights are random."""
+    tokenizer = train_tokenizer(texts, vocabulary_size)
+    backbone = keras_hub.models.BartBackbone(
+        tokenizer.vocabulary_size(),
+        num_layers=num_layers,
+        num_heads=4,
+        hidden_dim=hidden_dim,
+        intermediate_dim=2 * hidden_dim,
+        dropout=dropout,
+        max_sequence_length=max_length,
+    )
+    preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor(tokenizer, max_length, max_length)
+    return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor)
+
+
+# ## The loss
+#
+# The paper smooths the labels: the right word counts 0.9, and all words share the remaining 0.1. Keras does that for
+# one-hot labels, which would be large here, so we write it for integers. The mean goes over the tokens that are not
+# padding. R-Drop cannot know what the outputs are from a loss of our own, so that `main` tells it by `divergence`.
+class SmoothedCrossentropy(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        log_probs = keras.ops.log_softmax(keras.ops.cast(y_pred, "float32"))
+        right = keras.ops.take_along_axis(log_probs, keras.ops.cast(y_true, "int32")[..., None], axis=-1)[..., 0]
+        return -(1 - LABEL_SMOOTHING) * right - LABEL_SMOOTHING * keras.ops.mean(log_probs, axis=-1)
+
+
+def compile_model(model, num_steps):
+    warmup = round(WARMUP * num_steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, decay_steps=num_steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup
+    )
+    model.compile(
+        keras.optimizers.Adam(schedule, beta_2=0.98, clipnorm=1.0),
+        SmoothedCrossentropy(reduction="mean_with_sample_weight"),
+        weighted_metrics=["accuracy"],
+    )
+
+
+# ## Translations and their score
+#
+# The decoder takes the likeliest word each time (`sampler="greedy"`). `keras_hub.samplers.BeamSampler(5)` looks further
+# ahead, and takes longer. BLEU is that of sacrebleu.
+def translate(translator, sources):
+    translator.compile(sampler="greedy")  # Of `generate` alone: the translator has been trained by its wrapper.
+    batches = [sources[i : i + DECODING_BATCH_SIZE] for i in range(0, len(sources), DECODING_BATCH_SIZE)]
+    return [text for batch in batches for text in translator.generate(batch)]
+
+
+# ## Several devices
+#
+# On TensorFlow the model is made and compiled in the scope of a strategy, and everything else stays as it is:
+#
+#     strategy = tf.distribute.MirroredStrategy()
+#     with strategy.scope():
+#         model = rdrop_keras.RDropModel(build_model(texts), alpha=5.0, ...)
+#
+# Several workers run this same program, and find each other by the variable `TF_CONFIG`. On JAX one line, before the
+# model is made, lets all devices share each batch:
+#
+#     keras.distribution.set_distribution(keras.distribution.DataParallel())
+STRATEGIES = {
+    "none": tf.distribute.get_strategy,
+    "mirrored": tf.distribute.MirroredStrategy,
+    "multiworker": tf.distribute.MultiWorkerMirroredStrategy,
+    "tpu": lambda: tf.distribute.TPUStrategy(tf.distribute.cluster_resolver.TPUClusterResolver.connect()),
+}
+
+
+# ## Training
+#
+# `BackupAndRestore` keeps the state of training: after an interruption the same command goes on. Of several workers the
+# first writes, where all can read. `tensorboard --logdir runs` shows the curves.
+def main():
+    parser = argparse.ArgumentParser(description="Trains a translation model with R-Drop.")
+    parser.add_argument("--data", metavar="FOLDER", help="of tables, in place of tensorflow-datasets")
+    parser.add_argument("--small", action="store_true", help="a small model, in place of the paper's")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help="weight of R-Drop, 0 for none (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="(%(default)s)")
+    parser.add_argument("--rows", type=int, metavar="N", help="train on the first N rows")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="none", help="on TensorFlow; JAX uses all devices")
+    parser.add_argument("--output", default="runs", metavar="FOLDER", help="for what is written (%(default)s)")
+    args = parser.parse_args()
+    if not 0 <= args.alpha < math.inf:
+        parser.error(f"--alpha must be a number ≥ 0. Received: {args.alpha}")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be ≥ 1. Received: {args.epochs}")
+
+    keras.utils.set_random_seed(SEED)
+    strategy = STRATEGIES[args.strategy]()
+    if keras.backend.backend() == "jax":
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+    is_first = not getattr(strategy.cluster_resolver, "task_id", 0)
+    output = f"{args.output}/translation"
+
+    splits = load_data(args.data, args.rows)
+    train, validation = make_batches(*splits["train"], shuffle=True), make_batches(*splits["validation"])
+    with strategy.scope():
+        translator = build_model(sum(splits["train"], []), **(SMALL if args.small else PAPER))
+        model = rdrop_keras.RDropModel(translator, args.alpha, rdrop_keras.Divergence("kl", from_logits=True))
+        compile_model(model, args.epochs * len(train))
+
+    save_freq = "epoch" if is_first else 10**9  # The others never come to save.
+    callbacks = [keras.callbacks.BackupAndRestore(f"{output}/backup", save_freq, delete_checkpoint=is_first)]
+    callbacks += [keras.callbacks.TensorBoard(f"{output}/logs")] if is_first else []
+    model.fit(train, validation_data=validation, epochs=args.epochs, callbacks=callbacks)
+
+    sources, targets = splits["test"]
+    translations = translate(translator, sources)
+    print(f"BLEU of {len(sources)} test sentences: {sacrebleu.corpus_bleu(translations, [targets]).score:.2f}")
+    for source, target, translation in list(zip(sources, targets, translations))[:3]:
+        print(f"\n{source}\n  reference:   {target}\n  translation: {translation}")
+
+    # The SavedModel is the translator alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the
+    # KerasHub task, tokenizer included.
+    if is_first and keras.backend.backend() == "tensorflow":
+        model.export(f"{output}/served", verbose=False)
+        tokens, _, _ = translator.preprocess_samples({"encoder_text": sources[:2], "decoder_text": targets[:2]})
+        tokens = {name: np.array(value, "int32") for name, value in tokens.items()}
+        served = tf.saved_model.load(f"{output}/served")
+        difference = np.abs(translator(tokens) - served.serve(tokens)).max()
+        print(f"\nLogits of the model and of its SavedModel differ by at most {difference:.1g}.")
+    elif is_first:
+        translator.save(f"{output}/translator.keras")
+        loaded = keras.models.load_model(f"{output}/translator.keras")
+        print(f"\nThe loaded translator writes: {translate(loaded, sources[:1])[0]}")
+
+
+if __name__ == "__main__":
+    main()
