@@ -1,8 +1,8 @@
 """Training a translation model with R-Drop.
 
 A Transformer learns to translate from pairs of sentences alone: an encoder reads the source, a decoder writes the
-target. This was the first task of the R-Drop paper (section 3.1), where it gained most. Here the model is trained from
-scratch with R-Drop, then translates, is scored by BLEU, exported and loaded again. R-Drop is the one line that wraps it:
+target. This is the first task of the R-Drop paper (section 3.1). Here the model is trained from scratch with R-Drop, then
+translates, is scored by BLEU, exported and loaded again. R-Drop is the one line that wraps it:
 
     model = rdrop_keras.RDropModel(translator, alpha=5.0, divergence=rdrop_keras.Divergence("kl", from_logits=True))
 
@@ -39,12 +39,12 @@ LABEL_SMOOTHING = 0.1
 EPOCHS = 60
 BATCH_SIZE = 128  # Of all devices together.
 LEARNING_RATE = 5e-4
-WARMUP = 0.1  # The part of all steps in which the learning rate rises.
-DECODING_BATCH_SIZE = 64
+MAX_LENGTH = 64  # Tokens of a sentence. Longer ones are cut.
 SEED = 0
-# The paper's model, and that of `--small`. Sentences of more than `max_length` tokens are cut.
-PAPER = {"num_layers": 6, "hidden_dim": 512, "dropout": 0.3, "vocabulary_size": 10_000, "max_length": 64}
-SMALL = {"num_layers": 2, "hidden_dim": 128, "dropout": 0.1, "vocabulary_size": 4_000, "max_length": 32}
+# The paper's model, and that of `--small`.
+MODEL = {"num_layers": 6, "num_heads": 4, "hidden_dim": 512, "intermediate_dim": 1024, "dropout": 0.3}
+SMALL = {"num_layers": 2, "num_heads": 4, "hidden_dim": 128, "intermediate_dim": 512, "dropout": 0.1}
+VOCABULARY_SIZE, SMALL_VOCABULARY_SIZE = 10_000, 4_000
 
 
 # ## The data
@@ -91,34 +91,22 @@ def make_batches(sources, targets, shuffle=False):
     return rows.batch(BATCH_SIZE, drop_remainder=True)
 
 
-# ## The vocabulary
-#
-# Encoder and decoder share a vocabulary of word pieces, learned from the training sentences of both languages.
-def train_tokenizer(texts, vocabulary_size):
-    trainer = tokenizers.ByteLevelBPETokenizer()
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer.train_from_iterator(texts, vocabulary_size, special_tokens=specials, show_progress=False)
-    pieces = json.loads(trainer.to_str())["model"]
-    return keras_hub.models.BartTokenizer(pieces["vocab"], [" ".join(pair) for pair in pieces["merges"]])
-
-
 # ## The model
 #
-# KerasHub's BART is the encoder-decoder Transformer that we need. It shares its embeddings as the paper's model does,
-# and as a KerasHub task it takes sentences in `fit` and writes sentences in `generate`.
-def build_model(texts, num_layers, hidden_dim, dropout, vocabulary_size, max_length):
+# KerasHub's BART is the encoder-decoder Transformer that we need. Encoder, decoder and output share one vocabulary of
+# word pieces, learned from both languages, and its embeddings. As a KerasHub task it takes sentences in `fit` and
+# writes sentences in `generate`.
+def build_model(texts, small=False):
     """A translator that knows the words of `texts`. Its weights are random."""
-    tokenizer = train_tokenizer(texts, vocabulary_size)
+    trainer = tokenizers.ByteLevelBPETokenizer()
+    size, specials = SMALL_VOCABULARY_SIZE if small else VOCABULARY_SIZE, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer.train_from_iterator(texts, size, special_tokens=specials, show_progress=False)
+    pieces = json.loads(trainer.to_str())["model"]
+    tokenizer = keras_hub.models.BartTokenizer(pieces["vocab"], [" ".join(pair) for pair in pieces["merges"]])
+    preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor(tokenizer, MAX_LENGTH, MAX_LENGTH)
     backbone = keras_hub.models.BartBackbone(
-        tokenizer.vocabulary_size(),
-        num_layers=num_layers,
-        num_heads=4,
-        hidden_dim=hidden_dim,
-        intermediate_dim=2 * hidden_dim,
-        dropout=dropout,
-        max_sequence_length=max_length,
+        tokenizer.vocabulary_size(), **(SMALL if small else MODEL), max_sequence_length=MAX_LENGTH
     )
-    preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor(tokenizer, max_length, max_length)
     return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor)
 
 
@@ -135,9 +123,8 @@ class SmoothedCrossentropy(keras.losses.Loss):
 
 
 def compile_model(model, num_steps):
-    warmup = round(WARMUP * num_steps)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, decay_steps=num_steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup
+        0.0, num_steps - num_steps // 10, warmup_target=LEARNING_RATE, warmup_steps=num_steps // 10
     )
     model.compile(
         keras.optimizers.Adam(schedule, beta_2=0.98, clipnorm=1.0),
@@ -146,19 +133,18 @@ def compile_model(model, num_steps):
     )
 
 
-# ## Translations and their score
+# ## Translations
 #
-# The decoder takes the likeliest word each time (`sampler="greedy"`). `keras_hub.samplers.BeamSampler(5)` looks further
-# ahead, and takes longer. BLEU is that of sacrebleu.
+# The decoder takes the likeliest token each time; `keras_hub.samplers.BeamSampler(5)` looks further ahead.
 def translate(translator, sources):
     translator.compile(sampler="greedy")  # Of `generate` alone: the translator has been trained by its wrapper.
-    batches = [sources[i : i + DECODING_BATCH_SIZE] for i in range(0, len(sources), DECODING_BATCH_SIZE)]
+    batches = [sources[i : i + BATCH_SIZE] for i in range(0, len(sources), BATCH_SIZE)]
     return [text for batch in batches for text in translator.generate(batch)]
 
 
 # ## Several devices
 #
-# On TensorFlow the model is made and compiled in the scope of a strategy, and everything else stays as it is:
+# On TensorFlow the model is made and compiled in the scope of a strategy, and all else stays as it is:
 #
 #     strategy = tf.distribute.MirroredStrategy()
 #     with strategy.scope():
@@ -205,8 +191,9 @@ def main():
     splits = load_data(args.data, args.rows)
     train, validation = make_batches(*splits["train"], shuffle=True), make_batches(*splits["validation"])
     with strategy.scope():
-        translator = build_model(sum(splits["train"], []), **(SMALL if args.small else PAPER))
-        model = rdrop_keras.RDropModel(translator, args.alpha, rdrop_keras.Divergence("kl", from_logits=True))
+        translator = build_model(splits["train"][0] + splits["train"][1], args.small)
+        divergence = rdrop_keras.Divergence("kl", from_logits=True)
+        model = rdrop_keras.RDropModel(translator, alpha=args.alpha, divergence=divergence)
         compile_model(model, args.epochs * len(train))
 
     save_freq = "epoch" if is_first else 10**9  # The others never come to save.
