@@ -149,10 +149,8 @@ def main():
     parser.add_argument("--rows", type=int, metavar="N", help=f"train on the first N rows, of {WORDS} words each")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="for what is written (%(default)s)")
     args = parser.parse_args()
-    if not 0 <= args.alpha < math.inf:
-        parser.error(f"--alpha must be a number ≥ 0. Received: {args.alpha}")
-    if args.epochs < 1:
-        parser.error(f"--epochs must be ≥ 1. Received: {args.epochs}")
+    if not (0 <= args.alpha < math.inf and args.epochs >= 1):
+        parser.error(f"--alpha must be a number ≥ 0, and --epochs ≥ 1. Received: {args.alpha} and {args.epochs}")
 
     keras.utils.set_random_seed(SEED)
     output = f"{args.output}/language_model"

@@ -1,8 +1,8 @@
 """Training a translation model with R-Drop.
 
 A Transformer learns to translate from pairs of sentences alone: an encoder reads the source, a decoder writes the
-target. This is the first task of the R-Drop paper (section 3.1). Here the model is trained from scratch with R-Drop, then
-translates, is scored by BLEU, exported and loaded again. R-Drop is the one line that wraps it:
+target. Here it is trained from scratch with R-Drop, as in section 3.1 of the paper, then translates, is scored by BLEU,
+exported and loaded again. R-Drop is the one line that wraps it:
 
     model = rdrop_keras.RDropModel(translator, alpha=5.0, divergence=rdrop_keras.Divergence("kl", from_logits=True))
 
@@ -150,8 +150,7 @@ def translate(translator, sources):
 #     with strategy.scope():
 #         model = rdrop_keras.RDropModel(build_model(texts), alpha=5.0, ...)
 #
-# Several workers run this same program, and find each other by the variable `TF_CONFIG`. On JAX one line, before the
-# model is made, lets all devices share each batch:
+# Several workers run this same program, and find each other by `TF_CONFIG`. On JAX one line before the model is made:
 #
 #     keras.distribution.set_distribution(keras.distribution.DataParallel())
 STRATEGIES = {
@@ -176,10 +175,8 @@ def main():
     parser.add_argument("--strategy", choices=STRATEGIES, default="none", help="on TensorFlow; JAX uses all devices")
     parser.add_argument("--output", default="runs", metavar="FOLDER", help="for what is written (%(default)s)")
     args = parser.parse_args()
-    if not 0 <= args.alpha < math.inf:
-        parser.error(f"--alpha must be a number ≥ 0. Received: {args.alpha}")
-    if args.epochs < 1:
-        parser.error(f"--epochs must be ≥ 1. Received: {args.epochs}")
+    if not (0 <= args.alpha < math.inf and args.epochs >= 1):
+        parser.error(f"--alpha must be a number ≥ 0, and --epochs ≥ 1. Received: {args.alpha} and {args.epochs}")
 
     keras.utils.set_random_seed(SEED)
     strategy = STRATEGIES[args.strategy]()
@@ -204,8 +201,7 @@ def main():
     sources, targets = splits["test"]
     translations = translate(translator, sources)
     print(f"BLEU of {len(sources)} test sentences: {sacrebleu.corpus_bleu(translations, [targets]).score:.2f}")
-    for source, target, translation in list(zip(sources, targets, translations))[:3]:
-        print(f"\n{source}\n  reference:   {target}\n  translation: {translation}")
+    print(f"\n{sources[0]}\n  reference:   {targets[0]}\n  translation: {translations[0]}\n")
 
     # The SavedModel is the translator alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the
     # KerasHub task, tokenizer included.
@@ -215,11 +211,11 @@ def main():
         tokens = {name: np.array(value, "int32") for name, value in tokens.items()}
         served = tf.saved_model.load(f"{output}/served")
         difference = np.abs(translator(tokens) - served.serve(tokens)).max()
-        print(f"\nLogits of the model and of its SavedModel differ by at most {difference:.1g}.")
+        print(f"Logits of the model and of its SavedModel differ by at most {difference:.1g}.")
     elif is_first:
         translator.save(f"{output}/translator.keras")
         loaded = keras.models.load_model(f"{output}/translator.keras")
-        print(f"\nThe loaded translator writes: {translate(loaded, sources[:1])[0]}")
+        print(f"The loaded translator writes: {translate(loaded, sources[:1])[0]}")
 
 
 if __name__ == "__main__":
