@@ -57,11 +57,11 @@ def load_data(folder=None, rows=None):
     splits = {}
     for split, names in {"train": ["train"], "validation": ["validation", "valid", "dev"], "test": ["test"]}.items():
         if folder is None:
-            table = tfds.as_numpy(tfds.load(DATASET, split=split, batch_size=-1))
-            columns = [[tf.compat.as_text(text) for text in table[language]] for language in (SOURCE, TARGET)]
+            pairs = tfds.as_numpy(tfds.load(DATASET, split=split))
+            columns = zip(*[[tf.compat.as_text(pair[language]) for language in (SOURCE, TARGET)] for pair in pairs])
         else:
             columns = read_table(folder, names)
-        splits[split] = tuple(column[: rows if split == "train" else None] for column in columns)
+        splits[split] = tuple(list(column)[: rows if split == "train" else None] for column in columns)
         if len(splits[split][0]) < BATCH_SIZE and split != "test":
             raise ValueError(f"BATCH_SIZE must be ≤ the {len(splits[split][0])} {split} rows. Received: {BATCH_SIZE}.")
     return splits
@@ -77,7 +77,7 @@ def read_table(folder, names):
     for line, row in enumerate([header, *rows], 1):
         if len(row) != 2:
             raise ValueError(f"{path}, line {line}: there must be two columns, separated by a tab. Received: {row}.")
-    return [list(column) for column in zip(*rows)]
+    return zip(*rows)
 
 
 # ## Batches
@@ -86,7 +86,7 @@ def read_table(folder, names):
 # so we shuffle here, anew in each epoch. Rows that fill no batch are left out, so that several devices can split every
 # batch evenly.
 def make_batches(sources, targets, shuffle=False):
-    rows = tf.data.Dataset.from_tensor_slices({"encoder_text": list(sources), "decoder_text": list(targets)})
+    rows = tf.data.Dataset.from_tensor_slices({"encoder_text": sources, "decoder_text": targets})
     rows = rows.shuffle(len(sources), seed=SEED) if shuffle else rows
     return rows.batch(BATCH_SIZE, drop_remainder=True)
 
