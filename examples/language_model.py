@@ -168,7 +168,7 @@ def main():
 
     # The trained model is `model.model`, the KerasHub task, which generates as it always does.
     language_model.compile(sampler=keras_hub.samplers.TopKSampler(20, seed=SEED))
-    print(language_model.generate(PROMPT, max_length=64))
+    print(language_model.generate(PROMPT))
 
     # The SavedModel is GPT-2 alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the KerasHub
     # task, tokenizer included.

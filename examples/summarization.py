@@ -67,8 +67,9 @@ def load_data(folder=None, rows=None):
             documents, summaries = read_table(folder, names, ["document", "summary"])
             dataset = tf.data.Dataset.from_tensor_slices({"encoder_text": documents, "decoder_text": summaries})
         splits[split] = dataset.take(rows) if split == "train" and rows is not None else dataset
-    if len(splits["train"]) < BATCH_SIZE:
-        raise ValueError(f"BATCH_SIZE must be ≤ the {len(splits['train'])} rows of training. Received: {BATCH_SIZE}.")
+        num_rows, least = len(splits[split]), BATCH_SIZE if split == "train" else 1
+        if num_rows < least:
+            raise ValueError(f"The {split} split must have at least {least} rows. Received: {num_rows}.")
     return splits
 
 
@@ -187,7 +188,7 @@ def main():
     print(f"\n{documents[0][:500]}\n  reference: {references[0]}\n  summary:   {summaries[0]}\n")
 
     # The SavedModel is BART alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the KerasHub
-    # task, tokenizer included. (KerasHub 0.32 leaves out the lengths: set `.preprocessor` before it generates.)
+    # task, without the lengths of its preprocessor: before a loaded task generates, set its `preprocessor`.
     tokens, _, _ = summarizer.preprocess_samples({"encoder_text": documents[:2], "decoder_text": references[:2]})
     tokens = {name: np.array(value, "int32") for name, value in tokens.items()}
     if keras.backend.backend() == "tensorflow":

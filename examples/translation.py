@@ -48,9 +48,9 @@ VOCABULARY_SIZE, SMALL_VOCABULARY_SIZE = 10_000, 4_000
 
 # ## The data
 #
-# A split is a pair of lists: the sentences to translate, and their translations. With `--data` it is a table in a
-# folder: `train.tsv`, `validation.tsv` (or `valid.tsv`, `dev.tsv`) and `test.tsv`, perhaps gzipped. The first line of a
-# table names its two columns, which are separated by a tab. The first column is translated into the second.
+# A split is a pair of lists: sentences and their translations. With `--data` it is a table in a folder: `train.tsv`,
+# `validation.tsv` (or `valid.tsv`, `dev.tsv`) and `test.tsv`, perhaps gzipped. Its first line names two columns,
+# separated by a tab; the first is translated into the second.
 def load_data(folder=None, rows=None):
     """`{split: (sources, targets)}`. `rows` limits the training split."""
     splits = {}
@@ -61,8 +61,9 @@ def load_data(folder=None, rows=None):
         else:
             columns = read_table(folder, names)
         splits[split] = tuple(list(column)[: rows if split == "train" else None] for column in columns)
-        if len(splits[split][0]) < BATCH_SIZE and split != "test":
-            raise ValueError(f"BATCH_SIZE must be ≤ the {len(splits[split][0])} {split} rows. Received: {BATCH_SIZE}.")
+        num_rows, least = len(splits[split][0]), 1 if split == "test" else BATCH_SIZE
+        if num_rows < least:
+            raise ValueError(f"The {split} split must have at least {least} rows. Received: {num_rows}.")
     return splits
 
 
@@ -76,14 +77,13 @@ def read_table(folder, names):
     for line, row in enumerate(rows, 1):
         if len(row) != 2:
             raise ValueError(f"{path}, line {line}: there must be two columns, separated by a tab. Received: {row}.")
-    return zip(*rows[1:])
+    return [[row[column] for row in rows[1:]] for column in (0, 1)]
 
 
 # ## Batches
 #
 # The batches hold raw sentences, which the KerasHub task tokenizes while it trains. It never shuffles what it is given,
-# so we shuffle here, anew in each epoch. Rows that fill no batch are left out, so that several devices can split every
-# batch evenly.
+# so we shuffle here, anew in each epoch. All batches are full, so that several devices can split them evenly.
 def make_batches(sources, targets, shuffle=False):
     rows = tf.data.Dataset.from_tensor_slices({"encoder_text": sources, "decoder_text": targets})
     rows = rows.shuffle(len(sources), seed=SEED) if shuffle else rows
@@ -112,8 +112,8 @@ def build_model(texts, small=False):
 # ## The loss
 #
 # The paper smooths the labels: the right word counts 0.9, and all words share the remaining 0.1. Keras does that for
-# one-hot labels, which would be large here, so we write it for integers. The mean goes over the tokens that are not
-# padding. R-Drop cannot know what the outputs are from a loss of our own, so that `main` tells it by `divergence`.
+# one-hot labels, which would be large here, so we write it for integers. From a loss of our own R-Drop cannot know what
+# the outputs are, so `main` tells it by `divergence`. The mean goes over the tokens that are not padding.
 class SmoothedCrossentropy(keras.losses.Loss):
     def call(self, y_true, y_pred):
         log_probs = keras.ops.log_softmax(keras.ops.cast(y_pred, "float32"))
@@ -147,13 +147,13 @@ def translate(translator, sources):
 
 # ## Several devices
 #
-# On TensorFlow the model is made and compiled in the scope of a strategy, and all else stays as it is:
+# On TensorFlow the model is made and compiled in the scope of a strategy; all else stays as it is:
 #
 #     strategy = tf.distribute.MirroredStrategy()
 #     with strategy.scope():
 #         model = rdrop_keras.RDropModel(build_model(texts), alpha=5.0, ...)
 #
-# Several workers run this same program, and find each other by `TF_CONFIG`. On JAX one line before the model is made:
+# Several workers run this same program, and find each other by `TF_CONFIG`. On JAX it is one line:
 #
 #     keras.distribution.set_distribution(keras.distribution.DataParallel())
 STRATEGIES = {
@@ -181,8 +181,8 @@ def main():
     if not (0 <= args.alpha < math.inf and args.epochs >= 1):
         parser.error(f"--alpha must be a number ≥ 0, and --epochs ≥ 1. Received: {args.alpha} and {args.epochs}")
 
+    strategy = STRATEGIES[args.strategy]()  # First of all, as workers must find each other before they compute.
     keras.utils.set_random_seed(SEED)
-    strategy = STRATEGIES[args.strategy]()
     if keras.backend.backend() == "jax":
         keras.distribution.set_distribution(keras.distribution.DataParallel())
     is_first = not getattr(strategy.cluster_resolver, "task_id", 0)
@@ -207,8 +207,7 @@ def main():
     print(f"\n{sources[0]}\n  reference:   {targets[0]}\n  translation: {translations[0]}\n")
 
     # The SavedModel is the translator alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the
-    # KerasHub task, tokenizer included. (KerasHub 0.32 leaves out the lengths: set `.preprocessor` before it
-    # generates.)
+    # KerasHub task, without the lengths of its preprocessor: before a loaded task generates, set its `preprocessor`.
     if is_first:
         tokens, _, _ = translator.preprocess_samples({"encoder_text": sources[:2], "decoder_text": targets[:2]})
         tokens = {name: np.array(value, "int32") for name, value in tokens.items()}

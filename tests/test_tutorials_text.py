@@ -217,10 +217,15 @@ def test_missing_folder(run, name):
     [
         ("translation", "en\tde\tfr\n", r"train\.tsv, line 1: there must be two columns, separated by a tab. Received"),
         ("translation", "en\tde\na\tb\nc\n", r"train\.tsv, line 3: there must be two columns"),
-        ("translation", "en\tde\na\tb\n", r"BATCH_SIZE must be ≤ the 1 train rows. Received: 8"),
+        ("translation", "en\tde\n", "The train split must have at least 8 rows. Received: 0"),
+        ("translation", "en\tde\na\tb\n", r"The train split must have at least 8 rows. Received: 1"),
         ("summarization", "text\tsummary\n", r"must have columns document, summary. Received: \['text', 'summary'\]"),
         ("summarization", "document\tsummary\na\n", r"train\.tsv, line 2: there must be 2 columns, as in line 1"),
-        ("summarization", "document\tsummary\na\tb\n", r"BATCH_SIZE must be ≤ the 1 rows of training. Received: 8"),
+        (
+            "summarization",
+            "document\tsummary\na\tb\n",
+            r"The train split must have at least 8 rows. Received: 1",
+        ),
         (
             "language_model",
             "a b c",
