@@ -1,16 +1,14 @@
 """R-Drop on a small vision Transformer: what it gains, in as many epochs and in as much time.
 
 R-Drop pays where plain training overfits. So a Transformer is trained here on only 50 images of handwritten digits,
-which it sees 500 times, each time shifted by up to a pixel. Three kinds of training are compared, several times each
-from different random weights: plain training; plain training for as long as R-Drop takes, since its steps cost more;
-and R-Drop. The images come with scikit-learn, so nothing is downloaded.
-
-R-Drop is the one line that wraps the model:
+which it sees 500 times, each time shifted at random by up to a pixel. Three trainings are compared, several times each
+from different random weights: plain training; plain training for as long as R-Drop takes, whose steps cost more; and
+R-Drop. The images come with scikit-learn, so nothing is downloaded. R-Drop is the one line that wraps the model:
 
     model = rdrop_keras.RDropModel(model, alpha=3.0)
 
-It needs scikit-learn and matplotlib, and takes about two minutes on two CPU cores. Three seeds are few: small
-differences need more, such as `--seeds 10`.
+It needs scikit-learn and matplotlib, and takes about two minutes on two CPU cores. Three seeds are few: to tell small
+differences apart give more, such as `--seeds 10`.
 
     python quickstart.py
     python quickstart.py --alpha 1 --seeds 10
@@ -42,14 +40,13 @@ PATCH_SIZE = 2
 WIDTH = 32
 NUM_LAYERS = 2
 NUM_HEADS = 4
-MAX_SHIFT = 1 / IMAGE_SIZE  # One pixel.
 
 # Training. TUNING
 EPOCHS = 25
 BATCH_SIZE = 25
-LEARNING_RATE = 3e-3
-DROPOUT = 0.1
 ALPHA = 3.0
+PLAIN = {"dropout": 0.1, "learning_rate": 0.001}
+R_DROP = {"dropout": 0.1, "learning_rate": 0.003}
 NUM_SEEDS = 3
 TIMED_EPOCHS = 9  # Of each kind, to find out what R-Drop costs.
 
@@ -58,68 +55,63 @@ TIMED_EPOCHS = 9  # Of each kind, to find out what R-Drop costs.
 #
 # 1797 grey images of 8 by 8 pixels. The split is stratified by digit and the same for every seed: what varies over
 # seeds is the initial weights, the order of the batches, the shifts and the dropout. The training images are repeated,
-# so that Keras, which validates after each epoch, does so after every 20 passes through them.
+# so that Keras validates after every 20 passes through them and not after each.
 def load_data():
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1).astype("float32") / 16.0
-    x_train, x_rest, y_train, y_rest = train_test_split(
-        images, labels, train_size=NUM_TRAIN, stratify=labels, random_state=0
-    )
-    x_validation, x_test, y_validation, y_test = train_test_split(
-        x_rest, y_rest, train_size=NUM_VALIDATION, stratify=y_rest, random_state=0
-    )
+    x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1).astype("float32") / 16.0
+    x_train, x, y_train, y = train_test_split(x, y, train_size=NUM_TRAIN, stratify=y, random_state=0)
+    x_valid, x_test, y_valid, y_test = train_test_split(x, y, train_size=NUM_VALIDATION, stratify=y, random_state=0)
     train = np.tile(x_train, (PASSES_AN_EPOCH, 1, 1, 1)), np.tile(y_train, PASSES_AN_EPOCH)
-    return train, (x_validation, y_validation), (x_test, y_test)
+    return train, (x_valid, y_valid), (x_test, y_test)
 
 
 # ## The model
 #
 # An ordinary Keras model, a Transformer encoder over 16 patches of 2 by 2 pixels. It knows nothing of R-Drop. All that
 # R-Drop asks of it is something random in training: here dropout, and images shifted by up to a pixel. Since the shift
-# is inside the model, each pass of R-Drop draws its own and sees another view of the image. With `share="shift"` both
-# passes would see the same view, as in the paper, where only dropout differs.
-def build_model():
+# is inside the model, each pass of R-Drop draws its own and sees another view of the image. `share="shift"` would show
+# both passes the same view, as in the paper, where they differ by dropout alone.
+def build_model(dropout):
     inputs = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 1))
-    x = keras.layers.RandomTranslation(MAX_SHIFT, MAX_SHIFT, fill_mode="constant", name="shift")(inputs)
+    x = keras.layers.RandomTranslation(1 / IMAGE_SIZE, 1 / IMAGE_SIZE, fill_mode="constant", name="shift")(inputs)
 
     # Cut the image into patches, then give each position a bias of its own: attention does not see where a patch is.
     x = keras.layers.Conv2D(WIDTH, PATCH_SIZE, strides=PATCH_SIZE)(x)
     x = keras.layers.Reshape((-1, WIDTH))(x)
     x = keras.layers.EinsumDense("bpi,io->bpo", output_shape=x.shape[1:], bias_axes="po", name="position")(x)
-    x = keras.layers.Dropout(DROPOUT)(x)
+    x = keras.layers.Dropout(dropout)(x)
 
     for _ in range(NUM_LAYERS):
         y = keras.layers.LayerNormalization()(x)
-        y = keras.layers.MultiHeadAttention(NUM_HEADS, WIDTH // NUM_HEADS, dropout=DROPOUT)(y, y)
-        y = keras.layers.Dropout(DROPOUT)(y)
+        y = keras.layers.MultiHeadAttention(NUM_HEADS, WIDTH // NUM_HEADS, dropout=dropout)(y, y)
+        y = keras.layers.Dropout(dropout)(y)
         x = keras.layers.Add()([x, y])
 
         y = keras.layers.LayerNormalization()(x)
         y = keras.layers.Dense(2 * WIDTH, activation="gelu")(y)
-        y = keras.layers.Dropout(DROPOUT)(y)
+        y = keras.layers.Dropout(dropout)(y)
         y = keras.layers.Dense(WIDTH)(y)
-        y = keras.layers.Dropout(DROPOUT)(y)
+        y = keras.layers.Dropout(dropout)(y)
         x = keras.layers.Add()([x, y])
 
     x = keras.layers.LayerNormalization()(x)
     x = keras.layers.GlobalAveragePooling1D()(x)
-    outputs = keras.layers.Dense(10)(x)
-    return keras.Model(inputs, outputs, name="digits_transformer")
+    return keras.Model(inputs, keras.layers.Dense(10)(x), name="digits_transformer")
 
 
 # ## Training
 #
-# With `alpha=None` the Keras model is trained as it is; otherwise R-Drop trains it. Both compile and fit alike, and with
-# the same seed both start from the same weights. The learning rate falls to zero over the epochs a run has.
-def compile_model(alpha, seed, epochs):
+# With `alpha=None` the Keras model is trained as it is; otherwise R-Drop trains it. With the same seed both start from
+# the same weights. The learning rate falls to zero over the epochs that a run has.
+def compiled_model(alpha, seed, epochs):
     keras.utils.set_random_seed(seed)
-    model = build_model()
+    settings = PLAIN if alpha is None else R_DROP
+    model = build_model(settings["dropout"])
     if alpha is not None:
         model = rdrop_keras.RDropModel(model, alpha=alpha)
-    num_steps = epochs * PASSES_AN_EPOCH * math.ceil(NUM_TRAIN / BATCH_SIZE)
-    learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, decay_steps=num_steps)
+    num_steps = epochs * PASSES_AN_EPOCH * NUM_TRAIN // BATCH_SIZE
     model.compile(
-        optimizer=keras.optimizers.Adam(learning_rate),
+        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(settings["learning_rate"], num_steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -127,69 +119,59 @@ def compile_model(alpha, seed, epochs):
 
 
 def train(alpha, seed, epochs, data):
-    train_split, validation_split, test_split = data
-    model = compile_model(alpha, seed, epochs)
-    history = model.fit(
-        *train_split,
-        batch_size=BATCH_SIZE,
-        epochs=epochs,
-        validation_data=validation_split,
-        validation_batch_size=NUM_VALIDATION,
-        verbose=0,
-    )
+    model = compiled_model(alpha, seed, epochs)
+    validation = {"validation_data": data[1], "validation_batch_size": NUM_VALIDATION}
+    history = model.fit(*data[0], batch_size=BATCH_SIZE, epochs=epochs, **validation, verbose=0)
     # `evaluate` runs the wrapped model alone: the loss is the same plain cross-entropy in all runs. The trained model
     # is `model.model`, an ordinary Keras model to save, export and serve.
-    loss, accuracy = model.evaluate(*test_split, batch_size=NUM_VALIDATION, verbose=0)
+    loss, accuracy = model.evaluate(*data[2], batch_size=NUM_VALIDATION, verbose=0)
     print(f"  seed {seed}: test accuracy {accuracy:.3f}, test loss {loss:.3f}", flush=True)
     return {"accuracy": accuracy, "loss": loss, "history": history}
 
 
 # ## The price
 #
-# A step of R-Drop passes each image through the network twice. What this costs depends on the machine, so it is
-# measured: epochs of both kinds take turns, and the median ratio of their times says for how many epochs plain training
-# may go on in the time of R-Drop. The first epochs, which compile, are left out, as in all times given here.
+# A step of R-Drop passes each image through the network twice. What that costs depends on the machine, so it is
+# measured: epochs of both kinds take turns, and the median ratio of their times says how many epochs of plain training
+# R-Drop's take the time of. The first epochs compile and are left out.
 def time_epochs(alpha, data):
-    """The median seconds of an epoch of plain training, and how many times that an epoch of R-Drop takes."""
-    models = [compile_model(kind, seed=0, epochs=EPOCHS) for kind in (None, alpha)]
-    seconds = []
-    for _ in range(1 + TIMED_EPOCHS):
-        seconds.append([])
-        for model in models:
+    """The median seconds of an epoch of plain training, and how many times as long one of R-Drop takes."""
+    models = [compiled_model(kind, seed=0, epochs=EPOCHS) for kind in (None, alpha)]
+    seconds = np.zeros((1 + TIMED_EPOCHS, 2))
+    for turn in seconds:
+        for i, model in enumerate(models):
             start = time.perf_counter()
             model.fit(*data[0], batch_size=BATCH_SIZE, verbose=0)
-            seconds[-1].append(time.perf_counter() - start)
-    plain, rdrop = np.transpose(seconds[1:])
+            turn[i] = time.perf_counter() - start
+    plain, rdrop = seconds[1:].T
     return np.median(plain), np.median(rdrop / plain)
 
 
 # ## The results
 #
-# Mean and standard deviation over seeds; and, since runs of one seed start from the same weights, the mean of the
+# Mean and standard deviation over seeds. Then, since all runs of a seed start from the same weights, the mean of the
 # differences between them, with its 95 % interval by Student's t.
+def cell(values, paired=False):
+    text = f"{np.mean(values):{'+' if paired else ''}.3f}"
+    if len(values) > 1:
+        half_interval = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        text += f" ± {half_interval if paired else np.std(values, ddof=1):.3f}"
+    return f"{text:>18}"
+
+
 def print_results(runs, seconds):
+    measures = ("accuracy", "loss")
     print(f"\n{'':16}{'epochs':>8}{'seconds':>9}{'test accuracy':>18}{'test loss':>18}")
     for name, results in runs.items():
         epochs = len(results[0]["history"].epoch)
-        row = f"{name:16}{epochs:8}{epochs * seconds[name]:9.1f}"
-        for measure in ("accuracy", "loss"):
-            values = [result[measure] for result in results]
-            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            row += f"{f'{np.mean(values):.3f}{deviation}':>18}"
-        print(row)
+        cells = [cell([result[measure] for result in results]) for measure in measures]
+        print(f"{name:16}{epochs:8}{epochs * seconds[name]:9.1f}", *cells, sep="")
 
-    *baselines, rdrop = runs
-    print()
-    for baseline in baselines:
-        cells = []
-        for measure in ("accuracy", "loss"):
-            differences = [r[measure] - p[measure] for r, p in zip(runs[rdrop], runs[baseline])]
-            interval = ""
-            if len(differences) > 1:
-                half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-                interval = f" ± {half:.3f}"
-            cells.append(f"{measure} {np.mean(differences):+.3f}{interval}")
-        print(f"{rdrop} against {baseline}: {', '.join(cells)}")
+    print("\nR-Drop against")
+    for name in ("plain", "plain, as long"):
+        pairs = list(zip(runs["R-Drop"], runs[name]))
+        cells = [cell([ours[m] - theirs[m] for ours, theirs in pairs], paired=True) for m in measures]
+        print(f"{name:33}", *cells, sep="")
 
 
 # ## The command line
@@ -198,9 +180,7 @@ def parse_arguments():
     parser.add_argument("--alpha", type=float, default=ALPHA, help="weight of R-Drop, ≥ 0 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of R-Drop (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=pathlib.Path, default="quickstart.png", help="file of the picture (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=pathlib.Path, default="quickstart.png", help="picture (default: %(default)s)")
     args = parser.parse_args()
 
     if not (math.isfinite(args.alpha) and args.alpha >= 0):
@@ -225,24 +205,24 @@ def main():
     plain_seconds, ratio = time_epochs(args.alpha, data)
     print(f"An epoch of R-Drop takes {ratio:.2f} times as long as one of plain training.")
 
-    rdrop = f"R-Drop, α = {args.alpha:g}"
-    kinds = {
-        "plain": (None, args.epochs),
-        "plain, as long": (None, round(args.epochs * ratio)),
-        rdrop: (args.alpha, args.epochs),
-    }
-    seconds = {name: plain_seconds * (1 if alpha is None else ratio) for name, (alpha, _) in kinds.items()}
-    runs = {}
-    for name, (alpha, epochs) in kinds.items():
+    runs, seconds = {}, {}
+    for name, alpha, epochs in (
+        ("plain", None, args.epochs),
+        ("plain, as long", None, round(args.epochs * ratio)),
+        ("R-Drop", args.alpha, args.epochs),
+    ):
         print(f"{name}, {epochs} epochs")
         runs[name] = [train(alpha, seed, epochs, data) for seed in range(args.seeds)]
+        seconds[name] = plain_seconds * (1 if alpha is None else ratio)
     print_results(runs, seconds)
 
-    # The picture: over training steps and, with the seconds of an epoch that were measured above, over time.
-    for name, results in runs.items():
-        for history in (result["history"] for result in results):
-            history.history["seconds"] = [seconds[name] * (epoch + 1) for epoch in history.epoch]
-    rdrop_keras.plot.compare({name: [r["history"] for r in results] for name, results in runs.items()}, args.out)
+    # The picture: over steps, and over time by the seconds of an epoch measured above.
+    histories = {name: [result["history"] for result in results] for name, results in runs.items()}
+    for name, several in histories.items():
+        for history in several:
+            curves = {key: history.history[key] for key in ("val_loss", "val_accuracy")}
+            history.history = {**curves, "seconds": [seconds[name] * (1 + epoch) for epoch in history.epoch]}
+    rdrop_keras.plot.compare(histories, args.out)
     print(f"Curves: {args.out}")
 
 
