@@ -32,8 +32,8 @@ def compare(histories, path=None):
 
     One row of panels each for the losses (training dashed, validation solid), every validation metric and the
     consistency loss; one column over training steps and, if every run has `seconds` (the callback `Clock`), one over
-    these. The training loss is `task_loss` where there is one, which compares with the loss of plain training. Curves
-    that span more than a factor of 8 are drawn over a logarithmic axis.
+    these. What the runs do not have is left out. The training loss is `task_loss` where there is one, which compares
+    with the loss of plain training. Curves that span more than a factor of 8 are drawn over a logarithmic axis.
 
     Args:
         histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these, one for each
@@ -58,8 +58,9 @@ def compare(histories, path=None):
         raise ValueError("`histories` must have at least one run. Received: an empty dict.")
     runs = {name: _Run(name, run) for name, run in histories.items()}
     metrics = sorted({key for run in runs.values() for key in run.curves if _is_metric(key)})
+    trained = any("loss" in run.curves for run in runs.values())
     panels = [
-        ("loss", [("loss", "--"), ("val_loss", "-")]),
+        ("loss (dashed: training)" if trained else "validation loss", [("loss", "--"), ("val_loss", "-")]),
         *((f"validation {key[4:]}", [(key, "-")]) for key in metrics),
     ]
     if any("consistency_loss" in run.curves for run in runs.values()):
@@ -77,7 +78,7 @@ def compare(histories, path=None):
                 for key, style in keys:
                     _draw(axes, run, axis, key, style, colour, _MARKERS[i % len(_MARKERS)])
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"{title} (dashed: training)" if title == "loss" else title)
+        row[0].set_ylabel(title)
         drawn = np.concatenate([line.get_ydata() for line in row[0].get_lines()])
         if (drawn > 0).all() and drawn.max() > _LOG_FROM * drawn.min():
             row[0].set_yscale("log")

@@ -41,6 +41,11 @@ def test_panels(histories, tmp_path):
     assert [len(a.collections) for a in axes[:, 0]] == [4, 2, 1]  # A band for each line.
 
 
+def test_panels_of_validation_alone():
+    (axes,) = plot.compare({"plain": {"val_loss": [2.0, 1.0]}}).axes
+    assert axes.get_ylabel() == "validation loss" and len(axes.get_lines()) == 1
+
+
 def test_curves(histories):
     figure = plot.compare(histories)
     lines = figure.axes[0].get_lines()

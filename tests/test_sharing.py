@@ -1,8 +1,10 @@
 import keras
+import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import rdrop_keras
+from rdrop_keras import pairing
 
 
 def backbone_and_head():
@@ -43,6 +45,30 @@ def test_share():
         rdrop_keras.sharing(model, "dorp")
     with pytest.raises(TypeError, match=r"`share` must be .* Received: share=3 \(int\)"):
         rdrop_keras.sharing(model, 3)
+
+
+@pytest.mark.parametrize("share", ["deterministic", "shift"])
+def test_augmentation_inside_the_model(share):
+    """Each row of each pass has a shift of its own, unless `share` names the layer: then both passes have one view."""
+    inputs = keras.Input((8, 8, 1))
+    shifted = layers.RandomTranslation(0.5, 0.5, fill_mode="constant", name="shift", seed=1)(inputs)
+    dropped = layers.Dropout(0.5, name="drop", seed=2)(shifted)
+    model = keras.Model(inputs, [shifted, dropped])
+    report = rdrop_keras.sharing(model, share)
+    assert [(call.name, call.once) for call in report.calls] == [("shift", share == "shift"), ("drop", False)]
+
+    wrapper = rdrop_keras.RDropModel(model, share=share)
+    x = np.ones((3, 8, 8, 1), "float32")  # Equal images: only their shifts can tell them apart.
+    keras.utils.set_random_seed(3)
+    with pairing.training_step(2):
+        shifted, dropped = (ops.convert_to_numpy(y) for y in wrapper(ops.convert_to_tensor(x), training=True))
+    assert np.any(dropped[:3] != dropped[3:])
+    first, second = shifted[:3], shifted[3:]
+    if share == "shift":
+        np.testing.assert_array_equal(first, second)
+    views = first if share == "shift" else shifted
+    assert len(np.unique(views.reshape(len(views), -1), axis=0)) == len(views)
+    np.testing.assert_array_equal(wrapper.predict(x, verbose=0)[0], x)
 
 
 def test_weights_used_before_and_after_count_as_repeated():
