@@ -4,7 +4,7 @@ import pytest
 from keras import layers, ops
 
 import rdrop_keras
-from rdrop_keras import pairing
+from rdrop_keras.keras_gaps import step
 
 
 def backbone_and_head():
@@ -60,7 +60,7 @@ def test_augmentation_inside_the_model(share):
     wrapper = rdrop_keras.RDropModel(model, share=share)
     x = np.ones((3, 8, 8, 1), "float32")  # Equal images: only their shifts can tell them apart.
     keras.utils.set_random_seed(3)
-    with pairing.training_step(2):
+    with step.training(2):
         shifted, dropped = (ops.convert_to_numpy(y) for y in wrapper(ops.convert_to_tensor(x), training=True))
     assert np.any(dropped[:3] != dropped[3:])
     first, second = shifted[:3], shifted[3:]

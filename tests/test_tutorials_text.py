@@ -9,11 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-pytest.importorskip("keras_hub")
-pytest.importorskip("tensorflow_datasets")
-pytest.importorskip("tokenizers")
-pytest.importorskip("sacrebleu")
-pytest.importorskip("rouge_score")
+pytestmark = pytest.mark.needs("keras_hub", "tensorflow", "tensorflow_datasets")
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "sechs", "six": "acht"}
