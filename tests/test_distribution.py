@@ -242,7 +242,7 @@ def test_mirrored_replicas_draw_masks_of_their_own():
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 2}])
+@pytest.mark.parametrize("mode", [{}, slow({"steps_per_execution": 2})], ids=str)
 def test_mirrored_dropout_and_batch_normalization(mode):
     with mirrored(2).scope():
         x = keras.Input((4,))
@@ -485,8 +485,12 @@ def mirrored_reductions(alpha, **options):
 
 
 @pytest.mark.backends("tensorflow")
-def test_mirrored_strategy_adds_no_communication():
+@pytest.mark.parametrize(
+    "options",
+    [{}, slow({"share": "nothing"}), slow({"num_passes": 3}), slow({"dropout_rates": (0.1, 0.3)})],
+    ids=str,
+)
+def test_mirrored_strategy_adds_no_communication(options):
     plain = mirrored_reductions(0.0)
     assert plain >= 4 * attention().count_params()
-    for options in ({}, {"share": "nothing"}, {"num_passes": 3}, {"dropout_rates": (0.1, 0.3)}):
-        assert mirrored_reductions(1.0, **options) == plain
+    assert mirrored_reductions(1.0, **options) == plain

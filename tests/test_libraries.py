@@ -121,6 +121,7 @@ def test_raw_strings_in_batch_methods_and_splits(hub):
     assert {"consistency_loss", "val_loss"} < history.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_datasets_of_strings(hub):
     import tensorflow as tf
@@ -182,6 +183,7 @@ def test_language_models_train_and_generate(hub, build):
     assert all(isinstance(text, str) for text in generated)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_images(hub):
     backbone = hub.models.ViTBackbone(

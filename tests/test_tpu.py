@@ -88,7 +88,8 @@ OPTIONS = {
 def compiled(model, optimizer="adam", **options):
     model = RDropModel(model, **options)
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=True)
+    # On TensorFlow `program` compiles the step, once.
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=BACKEND == "jax")
     return model
 
 
