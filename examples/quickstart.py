@@ -50,7 +50,7 @@ DROPOUT = 0.05
 ALPHA = 3.0
 LEARNING_RATES = {"plain": 0.003, "plain, as long": 0.001, "R-Drop": 0.003}
 NUM_SEEDS = 3
-NUM_TURNS = 15  # Epochs of each kind that are timed.
+NUM_TURNS = 9  # Epochs of each kind that are timed.
 
 
 # ## The data

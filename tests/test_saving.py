@@ -130,6 +130,7 @@ def test_clone():
     assert clone.predict(X, verbose=0).shape == (40, 3)
 
 
+@pytest.mark.slow
 def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
     model = trained(functional())
     model.model.save(tmp_path / "plain.keras")

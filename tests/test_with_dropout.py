@@ -458,6 +458,9 @@ NAMES = {"Falcon": ("attention_dropout_rate", "feedforward_dropout_rate"), "MiT"
 NAMES |= {"ViT": ("dropout_rate", "attention_dropout"), "DINOV2": ("dropout_rate",)}
 
 
+USUAL = ("Bart", "GPT2", "Gemma", "Llama", "ViT")
+
+
 def backbone(hub, name, **kwargs):
     return getattr(hub.models, f"{name}Backbone")(**BACKBONES[name], **kwargs)
 
@@ -473,7 +476,9 @@ def inputs_of(model):
 
 
 @pytest.mark.needs("keras_hub")
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in sorted(BACKBONES)]
+)
 def test_backbones(hub, name):
     model = randomized(backbone(hub, name))
     new = check_same(with_dropout(model, 0.1), model, inputs_of(model))
