@@ -1,0 +1,438 @@
+"""The tasks of `when_it_pays.py`: real data, and models that plain training brings to their best within a minute.
+
+Each task is a function of the folder of data (see `README.md` here) that returns a `Task`. Models and data are those of
+the tutorials in `examples/`, made smaller, wherever there is such a tutorial.
+"""
+
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import pathlib
+import zipfile
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import layers
+from scipy import stats
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+ENCODER_LAYERS = 6
+FROZEN_LAYERS = 4  # Of the pretrained encoder: computed once, before training.
+
+
+@dataclasses.dataclass
+class Task:
+    """What is trained, on what, and what is tried for it.
+
+    Attributes:
+        title: What a reader of tables sees.
+        data: `{"train" | "validation" | "test": (x, y, sample_weight or None)}`, arrays or dicts of arrays.
+        build: A function from a dropout rate to a new model that returns logits, or numbers for a regression.
+        loss: The compiled loss, with a mean as its reduction.
+        score: A function from targets and outputs of the test split to `{name: value}`, the first the task's own.
+        batch_size: Rows of a batch.
+        pilot_steps: How long plain training runs to find the step of its best validation loss, the unit of budgets.
+        learning_rates, dropouts: What is tried for plain training.
+        alphas: What is tried for R-Drop.
+        shared: `{variant: layer}`: other values of `share` to run.
+        divergence: As for `RDropModel`.
+        num_seeds: How many paired runs a cell has.
+    """
+
+    title: str
+    data: dict
+    build: Callable
+    loss: keras.losses.Loss
+    score: Callable
+    batch_size: int
+    pilot_steps: int
+    learning_rates: tuple = (1e-3, 2e-3, 4e-3)
+    dropouts: tuple = (0.1, 0.2, 0.3)
+    alphas: tuple = (0.3, 1.0, 3.0, 10.0)
+    shared: dict = dataclasses.field(default_factory=dict)
+    divergence: object = "auto"
+    num_seeds: int = 5
+
+
+def example(name):
+    """A tutorial as a module, under a name that no script here has."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ## Scores
+def accuracy_and_calibration(y, logits):
+    """Accuracy, and the expected calibration error over ten bins of confidence (Guo et al., 2017)."""
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    confidence, right = probabilities.max(axis=-1), logits.argmax(axis=-1) == y
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    error = sum(abs(confidence[bins == i].sum() - right[bins == i].sum()) for i in range(10)) / len(y)
+    return {"accuracy": float(right.mean()), "calibration error": float(error)}
+
+
+def matthews_and_calibration(y, logits):
+    from sklearn.metrics import matthews_corrcoef
+
+    return {"Matthews": float(matthews_corrcoef(y, logits.argmax(axis=-1))), **accuracy_and_calibration(y, logits)}
+
+
+def pearson(y, outputs):
+    return {"Pearson": float(stats.pearsonr(y, outputs[:, 0])[0])}
+
+
+# ## Digits: the quickstart's Transformer
+def digits(num_train, shifted, folder):
+    quickstart = example("quickstart")
+    quickstart.NUM_TRAIN, quickstart.PASSES_AN_EPOCH = num_train, 1
+    train, validation, test = quickstart.load_data()
+
+    def build(dropout):
+        quickstart.DROPOUT = dropout
+        model = quickstart.build_model()
+        if shifted:
+            return model
+        return keras.Model(model.get_layer("shift").output, model.output, name=model.name)
+
+    return Task(
+        title=f"digits, {num_train} labels" + (", shifted inside the model" if shifted else ""),
+        data=splits(train, validation, test),
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        score=accuracy_and_calibration,
+        batch_size=25,
+        pilot_steps=2000,
+        dropouts=(0.05, 0.1, 0.2),
+    )
+
+
+# ## CIFAR-10
+CIFAR_SIZE = 32
+
+
+@functools.cache
+def cifar10(folder):
+    """Images from 0 to 1 and labels of the training and the test split, whose order is that of names."""
+    import io
+
+    from PIL import Image
+
+    with zipfile.ZipFile(folder / "cifar10_15k.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        classes = sorted({name.split("/")[-2] for name in names})
+        result = []
+        for split in ("train/", "test/"):
+            found = [name for name in names if split in name]
+            images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in found])
+            labels = np.array([classes.index(name.split("/")[-2]) for name in found], "int32")
+            result.append((images.astype("float32") / 255, labels))
+    return result
+
+
+def cifar_splits(folder, num_train):
+    """`num_train` images to train on, 1,000 others to choose by, and 2,000 to test with, all chosen at random."""
+    (x, y), (x_test, y_test) = cifar10(folder)
+    order, test_order = np.random.RandomState(0).permutation(len(y)), np.random.RandomState(1).permutation(len(y_test))
+    num_train = min(num_train, len(y) - 1000)
+    train, validation, test = order[:num_train], order[-1000:], test_order[:2000]
+    return splits((x[train], y[train]), (x[validation], y[validation]), (x_test[test], y_test[test]))
+
+
+def augmentation(x):
+    """Shifts by an eighth, and mirrors; inside the model, so that each pass draws its own."""
+    x = layers.RandomFlip("horizontal")(x)
+    return layers.RandomTranslation(0.125, 0.125, fill_mode="reflect", name="view")(x)
+
+
+def cifar_conv(num_train, augmented, folder):
+    def build(dropout):
+        inputs = keras.Input((CIFAR_SIZE, CIFAR_SIZE, 3))
+        x = augmentation(inputs) if augmented else inputs
+        for filters in (24, 48, 96):
+            x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+            x = layers.BatchNormalization()(x)
+            x = layers.ReLU()(x)
+            x = layers.MaxPooling2D()(x)
+        x = layers.Flatten()(x)
+        x = layers.Dropout(dropout)(x)
+        x = layers.Dense(128, activation="relu")(x)
+        x = layers.Dropout(dropout)(x)
+        return keras.Model(inputs, layers.Dense(10)(x), name="convolutional")
+
+    return Task(
+        title=f"CIFAR-10, {num_train:,} images, convolutional" + (", augmented inside the model" if augmented else ""),
+        data=cifar_splits(folder, num_train),
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        score=accuracy_and_calibration,
+        batch_size=50,
+        pilot_steps=800 if num_train <= 2000 else 2000,
+        dropouts=(0.2, 0.4, 0.6),
+        learning_rates=(5e-4, 1e-3, 2e-3),
+    )
+
+
+def cifar_vit(num_train, augmented, folder):
+    tutorial = example("vit_cifar100")
+    tutorial.SMALL = {"patch_size": 4, "num_layers": 3, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96}
+
+    def build(dropout):
+        classifier = tutorial.build_classifier(10, dropout, small=True)
+        classifier.preprocessor = None  # Images are scaled here.
+        if not augmented:
+            return classifier
+        inputs = keras.Input((CIFAR_SIZE, CIFAR_SIZE, 3))
+        return keras.Model(inputs, classifier(augmentation(inputs)))
+
+    data = {name: (2 * x - 1, y, None) for name, (x, y, _) in cifar_splits(folder, num_train).items()}
+    return Task(
+        title=f"CIFAR-10, {num_train:,} images, ViT" + (", augmented inside the model" if augmented else ""),
+        data=data,
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        score=accuracy_and_calibration,
+        batch_size=50,
+        pilot_steps=1000 if num_train <= 2000 else 2500,
+        learning_rates=(5e-4, 1e-3, 2e-3),
+    )
+
+
+# ## GLUE: the upper layers of a pretrained encoder
+GLUE = {
+    "sst2": (1500, 32, accuracy_and_calibration),
+    "mrpc": (1500, 64, accuracy_and_calibration),
+    "cola": (1500, 24, matthews_and_calibration),
+    "stsb": (1500, 48, pearson),
+}
+
+
+def glue_texts(name, folder):
+    """`{split: (texts, labels)}`; without a test split the dev split is tested, and chosen by rows of training."""
+    tutorial = example("glue")
+    columns, num_classes = tutorial.TASKS[name]
+    label, dtype = ("score", "float32") if num_classes == 1 else ("label", "int32")
+
+    def read(split):
+        rows = tutorial.read_table(folder / "glue" / name, split, [*columns, label])
+        order = np.random.RandomState(0).permutation(len(rows))
+        texts = tuple([rows[i][column] for i in order] for column in columns)
+        return texts, np.array([rows[i][label] for i in order], dtype)
+
+    def part(split, start, end):
+        texts, labels = split
+        return tuple(column[start:end] for column in texts), labels[start:end]
+
+    train, dev, num_train = read("train"), read("validation"), GLUE[name][0]
+    if name == "cola":
+        return {"train": part(train, 0, num_train), "validation": part(train, num_train, num_train + 1000), "test": dev}
+    return {"train": part(train, 0, num_train), "validation": part(dev, 0, 1000), "test": read("test")}
+
+
+def glue(name, folder, encoder):
+    """The two upper layers of the encoder, and a head on its first token; what they are fed is computed here, once."""
+    import keras_hub
+
+    _, length, score = GLUE[name]
+    num_outputs = example("glue").TASKS[name][1]
+    backbone = keras_hub.models.BertBackbone.from_preset(str(encoder), dropout=0.0)
+    vocabulary = (encoder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=True)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=length)
+    lower = keras.Model(backbone.input, backbone.get_layer(f"transformer_layer_{FROZEN_LAYERS - 1}").output)
+    data = {}
+    for split, (texts, labels) in glue_texts(name, folder).items():
+        tokens = preprocessor(texts if len(texts) > 1 else texts[0])
+        features = lower.predict(tokens, batch_size=64, verbose=0)
+        mask = np.array(tokens["padding_mask"], "bool")
+        data[split] = ({"features": features, "padding_mask": mask}, labels, None)
+    upper = range(FROZEN_LAYERS, ENCODER_LAYERS)
+    weights = [backbone.get_layer(f"transformer_layer_{i}").get_weights() for i in upper]
+    width = backbone.hidden_dim
+
+    def build(dropout):
+        features = keras.Input((length, width), name="features")
+        mask = keras.Input((length,), dtype="bool", name="padding_mask")
+        x = features
+        for i in upper:
+            layer = keras_hub.layers.TransformerEncoder(
+                backbone.intermediate_dim,
+                backbone.num_heads,
+                dropout,
+                activation=lambda x: keras.activations.gelu(x, approximate=True),
+                layer_norm_epsilon=1e-12,
+                name=f"transformer_layer_{i}",
+            )
+            x = layer(x, padding_mask=mask)
+        x = layers.Dropout(dropout)(x[:, 0])
+        outputs = layers.Dense(num_outputs, kernel_initializer=keras.initializers.RandomNormal(stddev=0.02))(x)
+        model = keras.Model({"features": features, "padding_mask": mask}, outputs)
+        for i, pretrained in zip(upper, weights):
+            model.get_layer(f"transformer_layer_{i}").set_weights(pretrained)
+        return model
+
+    regression = num_outputs == 1
+    return Task(
+        title={"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}[name] + ", two layers of MiniLM",
+        data=data,
+        build=build,
+        loss=keras.losses.MeanSquaredError()
+        if regression
+        else keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        score=score,
+        batch_size=25,
+        pilot_steps=480,
+        learning_rates=(5e-5, 1e-4, 2e-4),
+        dropouts=(0.1, 0.2, 0.3),
+        shared={"head only": f"transformer_layer_{ENCODER_LAYERS - 1}"},
+        num_seeds=3,
+    )
+
+
+# ## Text from scratch
+def text_from_scratch(folder):
+    """The tutorial's small BERT, smaller still, on the words of SST-2."""
+    tutorial = example("glue")
+    tutorial.SEQUENCE_LENGTH = 32
+    tutorial.SMALL = {"num_layers": 2, "num_heads": 2, "hidden_dim": 48, "intermediate_dim": 96, "dropout": 0.1}
+    texts = glue_texts("sst2", folder)
+    classifier = tutorial.build_classifier("sst2", texts["train"][0])
+    data = {}
+    for split, ((sentences,), labels) in texts.items():
+        tokens = classifier.preprocessor(sentences)
+        data[split] = ({name: np.array(value, "int32") for name, value in tokens.items()}, labels, None)
+
+    def build(dropout):
+        tutorial.SMALL["dropout"] = dropout
+        classifier = tutorial.build_classifier("sst2", texts["train"][0])
+        classifier.preprocessor = None  # Tokenized once, above.
+        return classifier
+
+    return Task(
+        title="SST-2, BERT from scratch",
+        data=data,
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        score=accuracy_and_calibration,
+        batch_size=25,
+        pilot_steps=480,
+        learning_rates=(3e-4, 1e-3, 3e-3),
+        dropouts=(0.1, 0.3, 0.5),
+        shared={"half depth": "transformer_layer_0", "head only": "pooled_dense"},
+    )
+
+
+# ## Sequences
+def rows_with_weights(preprocessor, texts):
+    """What a KerasHub task makes of texts, as arrays."""
+    x, y, weights = preprocessor(texts)
+    return (
+        {name: np.array(value, "int32") for name, value in x.items()},
+        np.array(y, "int32"),
+        np.array(weights, "float32"),
+    )
+
+
+def perplexity(y, logits, weights):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    return {"perplexity": float(np.exp(loss(y, logits, weights)))}
+
+
+def language_model(folder):
+    """The tutorial's small GPT-2, smaller still, on WikiText-2's validation text."""
+    tutorial = example("language_model")
+    tutorial.WORDS, tutorial.SEQUENCE_LENGTH, tutorial.SMALL_VOCABULARY_SIZE, tutorial.BATCH_SIZE = 40, 64, 2000, 16
+    tutorial.SMALL = {"num_layers": 2, "num_heads": 2, "hidden_dim": 64, "intermediate_dim": 128}
+    rows = tutorial.load_data(folder / "wikitext2", rows=2500)
+    rows = {"train": rows["train"], "validation": rows["validation"][:400], "test": rows["test"][:800]}
+    preprocessor = tutorial.build_model(rows["train"]).preprocessor
+
+    def build(dropout):
+        tutorial.DROPOUT = dropout
+        model = tutorial.build_model(rows["train"])
+        model.preprocessor = None
+        return model
+
+    return Task(
+        title="WikiText-2, GPT-2 from scratch",
+        data={split: rows_with_weights(preprocessor, texts) for split, texts in rows.items()},
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
+        score=perplexity,
+        batch_size=tutorial.BATCH_SIZE,
+        pilot_steps=1500,
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        dropouts=(0.1, 0.2, 0.3),
+        alphas=(0.1, 0.3, 1.0),
+        shared={"half depth": "transformer_layer_0"},
+        num_seeds=3,
+    )
+
+
+def translation(folder):
+    """The tutorial's small BART, smaller still, on short captions of Multi30k, German to English."""
+    tutorial = example("translation")
+    tutorial.MAX_LENGTH, tutorial.SMALL_VOCABULARY_SIZE, tutorial.BATCH_SIZE = 24, 2000, 32
+    tutorial.SMALL = {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "intermediate_dim": 128, "dropout": 0.1}
+    table = {}
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        with gzip.open(next((folder / "multi30k").glob(f"{name}*.tsv.gz")), "rt", encoding="utf-8") as file:
+            english, german = zip(*(line.rstrip("\n").split("\t") for line in list(file)[1:]))
+        table[split] = list(german), list(english)
+    table["train"] = tuple(column[:6000] for column in table["train"])
+    table["validation"] = tuple(column[:500] for column in table["validation"])
+    texts = table["train"][0] + table["train"][1]
+    preprocessor = tutorial.build_model(texts, small=True).preprocessor
+
+    def build(dropout):
+        tutorial.SMALL["dropout"] = dropout
+        model = tutorial.build_model(texts, small=True)
+        model.preprocessor = None
+        return model
+
+    return Task(
+        title="Multi30k, BART from scratch",
+        data={
+            split: rows_with_weights(preprocessor, {"encoder_text": list(german), "decoder_text": list(english)})
+            for split, (german, english) in table.items()
+        },
+        build=build,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
+        score=perplexity,
+        batch_size=tutorial.BATCH_SIZE,
+        pilot_steps=3000,
+        learning_rates=(1e-3, 2e-3),
+        dropouts=(0.1, 0.2, 0.3),
+        alphas=(0.3, 1.0, 3.0),
+        num_seeds=2,
+    )
+
+
+def splits(train, validation, test):
+    return {"train": (*train, None), "validation": (*validation, None), "test": (*test, None)}
+
+
+# By the name that `--tasks` takes, from the cheapest. All but the digits need `--data`, and GLUE's `--encoder`.
+TASKS = {
+    "digits-100": functools.partial(digits, 100, False),
+    "digits-400": functools.partial(digits, 400, False),
+    "digits-50-shifted": functools.partial(digits, 50, True),
+    "text": text_from_scratch,
+    "conv-2000": functools.partial(cifar_conv, 2000, False),
+    "conv-2000-augmented": functools.partial(cifar_conv, 2000, True),
+    "vit-2000": functools.partial(cifar_vit, 2000, False),
+    "vit-2000-augmented": functools.partial(cifar_vit, 2000, True),
+    "cola": functools.partial(glue, "cola"),
+    "sst2": functools.partial(glue, "sst2"),
+    "stsb": functools.partial(glue, "stsb"),
+    "mrpc": functools.partial(glue, "mrpc"),
+    "conv-10000": functools.partial(cifar_conv, 10_000, False),
+    "conv-10000-augmented": functools.partial(cifar_conv, 10_000, True),
+    "vit-10000": functools.partial(cifar_vit, 10_000, False),
+    "vit-10000-augmented": functools.partial(cifar_vit, 10_000, True),
+    "language-model": language_model,
+    "translation": translation,
+}
