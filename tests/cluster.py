@@ -9,7 +9,6 @@ import sys
 import measure
 
 WORKER = pathlib.Path(__file__).parent / "worker.py"
-PROGRAMS = WORKER.parents[1] / "benchmarks"
 
 
 class Cluster:
@@ -32,7 +31,6 @@ class Cluster:
             (folder / f"{i}.json").unlink(missing_ok=True)
             environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
             environment |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROGRAMS), os.environ.get("PYTHONPATH")]))
             if backend == "jax":
                 environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.get('replicas', 1)}"
             if backend == "tensorflow":

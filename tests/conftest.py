@@ -6,7 +6,6 @@ not installed. A test of another backend is skipped. Any other skip fails the ru
 
 import ast
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -23,8 +22,7 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(PROGRAMS))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -166,25 +164,6 @@ def pytest_terminal_summary(terminalreporter, config):
         files = counted(len(set(left_out["files"])), "whole file")
         parts.append(f"{counted(left_out['tests'], 'test')} and {files} for want of {names} (--without)")
     terminalreporter.write_line(f"Left out: {', '.join(parts) or 'nothing'}")
-
-
-@pytest.fixture
-def run_example(tmp_path, monkeypatch):
-    """Runs `main()` of a program with flags, as on a command line. Returns what `--results` says of the runs."""
-
-    def run(module, *flags):
-        results = tmp_path / "results.json"
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags), "--results", str(results)])
-        try:
-            module.main()
-        finally:
-            keras.config.set_dtype_policy("float32")
-            if BACKEND == "jax":
-                keras.distribution.set_distribution(None)
-        return json.loads(results.read_text(encoding="utf-8"))["runs"]
-
-    return run
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import sys
 
 import keras
 
-from experiment import Backup
 from models import mlp
 from rdrop_keras import RDropModel
 
@@ -32,7 +31,7 @@ def strategy(replicas=1, timeout=None, to_start=None):
 
 
 def train(options):
-    """Trains the model of `test_distribution.py`, with validation, and with checkpoints by the chief alone."""
+    """Trains the model of `test_distribution.py` with validation. The chief alone writes checkpoints and exports."""
     scope = strategy(options.get("replicas", 1)).scope()
     import test_distribution as tests
 
@@ -48,6 +47,8 @@ def train(options):
     x, y = tests.X[:rows], tests.Y[:rows]
     size = options["batch_size"]
     history, weights = tests.steps(model, True, x, y, batch_size=size, callbacks=callbacks)
+    if options["index"] == 0:
+        model.export(f"{options['folder']}/served", verbose=False)
     return {
         "history": history,
         "weights": [w.tolist() for w in weights],
@@ -81,6 +82,18 @@ def train_with_jax(options):
     rows = np.arange(16).reshape(2, len(addresses), -1)[:, index].ravel()
     history, weights = tests.steps(model, True, tests.X[rows], tests.Y[rows], tests.W[rows], 8 // len(addresses))
     return {"history": history, "weights": [w.tolist() for w in weights], "devices": len(devices)}
+
+
+class Backup(keras.callbacks.BackupAndRestore):
+    """The first worker writes, and all go on from what it wrote."""
+
+    def __init__(self, folder, writes):
+        super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
+        self.writes = writes
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.writes:
+            super().on_epoch_end(epoch, logs)
 
 
 class Fault(keras.callbacks.Callback):
