@@ -409,6 +409,8 @@ def test_share_errors():
         wrapped(None)
     with pytest.raises(ValueError, match=r"Close names: 'early'.*Received: share='earli'"):
         wrapped("earli")
+    with pytest.raises(ValueError, match=r"Close names: 'deterministic'. Received: share='determinstic'"):
+        wrapped("determinstic")
     with pytest.raises(ValueError, match="Close names: none"):
         wrapped("xyzzy")
     with pytest.raises(ValueError, match="It is a part of 'attention', which runs as a whole"):

@@ -560,8 +560,13 @@ def test_overridden_steps():
         RDropModel(Own(x, layers.Dropout(0.1)(x)))
 
 
-def test_inputs_without_a_batch():
-    from rdrop_keras.passes.tiling import tile
+def test_no_targets():
+    model = compiled(mlp())
+    with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
+        model.fit(X, verbose=0)
 
-    with pytest.raises(ValueError, match=r"axis 0 of every input. Received: an input of shape \(\)"):
-        tile({"x": ops.convert_to_tensor(1.0)}, 2)
+
+def test_auto_of_keras_hub():
+    for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", CROSS_ENTROPY)):
+        with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
+            RDropModel(mlp()).compile(*arguments)

@@ -230,11 +230,3 @@ def test_errors():
     model.compile("sgd", lambda y_true, y_pred: ops.mean(y_pred))
     with pytest.raises(ValueError, match=r"`divergence='auto'` cannot read"):
         inconsistency(model, X, Y)
-
-
-def test_stochastic_layers():
-    model = mlp()
-    assert rdrop_keras.stochastic_layers(model) == [model.layers[1]]
-    assert rdrop_keras.stochastic_layers(RDropModel(model)) == [model.layers[1]]
-    with pytest.raises(TypeError, match=r"`model` must be a keras.Model"):
-        rdrop_keras.stochastic_layers([])

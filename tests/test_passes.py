@@ -258,23 +258,6 @@ def test_axis_that_the_outputs_do_not_have():
             fit(model)
 
 
-def test_no_targets():
-    model = RDropModel(mlp(6))
-    with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
-        fit(model, y=None)
-
-
-def test_auto_of_keras_hub():
-    for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", LOSS)):
-        with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
-            RDropModel(mlp(6)).compile(*arguments)
-
-
-def test_misspelt_share():
-    with pytest.raises(ValueError, match=r"Close names: 'deterministic'. Received: share='determinstic'"):
-        RDropModel(mlp(6), share="determinstic")
-
-
 def test_rates_of_numpy():
     for rates in (np.array([0.25, 0.5]), (np.float64(0.25), np.float32(0.5))):
         assert RDropModel(mlp(6), dropout_rates=rates).dropout_rates == (0.25, 0.5)

@@ -1,9 +1,12 @@
+"""Reports: what runs once for all passes and why, and which layers are random."""
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import rdrop_keras
+from models import mlp
 from rdrop_keras.keras_gaps import step
 
 
@@ -116,3 +119,11 @@ def test_summary_ends_with_a_line_on_sharing(alpha, capsys):
         assert "Total params: 162" in text
         line = "R-Drop: 2 of 6 layer calls (44.4% of the parameters) run once for all passes, share='backbone'"
         assert (line in text) == (alpha > 0)
+
+
+def test_stochastic_layers():
+    model = mlp()
+    assert rdrop_keras.stochastic_layers(model) == [model.layers[1]]
+    assert rdrop_keras.stochastic_layers(rdrop_keras.RDropModel(model)) == [model.layers[1]]
+    with pytest.raises(TypeError, match=r"`model` must be a keras.Model"):
+        rdrop_keras.stochastic_layers([])
