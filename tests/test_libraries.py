@@ -147,6 +147,7 @@ def test_regression_of_pairs(hub):
     assert model.test_on_batch(pairs, scores) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 @pytest.mark.backends("tensorflow", "jax")
 def test_raw_strings_on_two_devices(hub):
@@ -159,6 +160,7 @@ def test_raw_strings_on_two_devices(hub):
     assert history["val_loss"][0] == pytest.approx(loss, rel=1e-5) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_head_alone_in_float16(hub):
     keras.config.set_dtype_policy("mixed_float16")
@@ -179,8 +181,8 @@ def test_task_exported(hub, tmp_path):
     model.fit(TEXTS, LABELS, verbose=0)
     model.export(tmp_path / "served", verbose=False)
     tokens = {name: np.array(value, "int32") for name, value in model.model.preprocessor(TEXTS).items()}
-    served = tf.saved_model.load(tmp_path / "served").serve(tokens)
-    np.testing.assert_allclose(served, model.predict(TEXTS, verbose=0), rtol=1e-5, atol=1e-6)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(tokens), model.predict(TEXTS, verbose=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.needs("keras_hub")

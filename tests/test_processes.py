@@ -38,8 +38,8 @@ def test_multi_worker(workers, replicas, options, tmp_path):
         assert result["evaluation"] == pytest.approx(model.evaluate(x, y, verbose=0, return_dict=True), rel=1e-5)
         np.testing.assert_allclose(result["predictions"], model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
         assert result["weights"] == results[0]["weights"]
-    served = tf.saved_model.load(tmp_path / "served").serve(x)
-    np.testing.assert_allclose(served, results[0]["predictions"], rtol=1e-4, atol=1e-5)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(x), results[0]["predictions"], rtol=1e-4, atol=1e-5)
     # What the chief wrote is a checkpoint like any other.
     custom = {"NoiseOfTheRow": tests.NoiseOfTheRow}
     reloaded = keras.models.load_model(tmp_path / "chief.keras", custom_objects=custom)
