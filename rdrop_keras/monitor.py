@@ -238,7 +238,7 @@ class _Probe(keras.Model):
         return {"loss": self._vector.result()}
 
     def sums(self):
-        """Full-model loss; losses of sub-models; divergences and agreements of pairs; agreements with the full model."""
+        """Full-model loss; sub-models' losses; divergences and agreements of pairs; agreements with the full model."""
         values = ops.convert_to_numpy(self._vector.means()).astype("float64")
         num_pairs = len(self._pairs)
         return np.split(values, np.cumsum([1, self._passes, num_pairs, num_pairs]))
