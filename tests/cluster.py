@@ -12,7 +12,7 @@ WORKER = pathlib.Path(__file__).parent / "worker.py"
 
 
 class Cluster:
-    """Processes of `worker.py`, one for each worker, as a context that leaves none behind.
+    """Processes of `worker.py`, one for each worker. The context manager leaves none behind.
 
     Args:
         backend: `"tensorflow"`, whose workers find each other by `TF_CONFIG`, or `"jax"`.
@@ -55,7 +55,7 @@ class Cluster:
         return (self.folder / f"{i}.log").read_text(errors="replace")
 
     def results(self, timeout=240):
-        """What each worker returned, when all have."""
+        """Waits for all workers. Returns what each returned."""
         for i, process in enumerate(self.processes):
             code = process.wait(timeout)
             assert code == 0, f"worker {i} ended with {code}:\n{self.log(i)[-6000:]}"

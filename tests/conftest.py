@@ -14,7 +14,7 @@ import sys
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
-    # The tests spend most of their time in the compiler: machine code that is not optimized halves it.
+    # The tests spend most of their time in the compiler. Without optimization it takes half as long.
     flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
@@ -29,7 +29,7 @@ if BACKEND == "tensorflow":
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-    # Small graphs that run a few times are not worth optimizing, which takes a third of the time.
+    # Optimizing takes a third of the time, and is not worth it for small graphs that run a few times.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -86,7 +86,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """A package that is missing is an error that says how to go on."""
+    """Reports a missing package as an error that says what to do."""
     report = yield
     advice = "Install the extra `test`: python -m pip install '.[test]'. Or leave such tests out: --without"
     if report.failed and (missing := re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))):

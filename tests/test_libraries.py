@@ -1,4 +1,4 @@
-"""Models from KerasHub, keras.applications and KerasCV; each library optional."""
+"""Models from KerasHub, keras.applications and KerasCV. Each library is optional."""
 
 import subprocess
 import sys
@@ -136,7 +136,7 @@ def test_datasets_of_strings(hub):
 
 @pytest.mark.needs("keras_hub")
 def test_regression_of_pairs(hub):
-    """A number for two sentences: the passes are compared by their squared difference."""
+    """A number for two sentences. The passes are compared by their squared difference."""
     pairs, scores = (TEXTS, TEXTS[::-1]), np.linspace(0, 1, 6)
     model = RDropModel(bert(hub, num_classes=1), alpha=1.0)
     model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -202,7 +202,7 @@ def test_pretrained_configurations_without_dropout(hub):
         RDropModel(bert(hub, dropout=0.0))
 
 
-# KerasHub's tasks say this whenever they are loaded.
+# KerasHub's tasks warn of this whenever they are loaded.
 @pytest.mark.needs("keras_hub")
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called as part of model loading")
 def test_task_saved_and_reloaded(hub, tmp_path):
@@ -227,7 +227,7 @@ def test_language_models_train_and_generate(hub, build):
     model = compiled(RDropModel(task, alpha=5.0), weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
     history = model.fit(raw, batch_size=2, epochs=2, verbose=0).history
     assert all(value > 0 for value in history["consistency_loss"])
-    # The compiled loss of the preprocessed batch, padding at weight zero.
+    # The compiled loss of the preprocessed batch, in which padding has weight 0.
     x, y, weights = task.preprocessor(raw)
     expected = ops.convert_to_numpy(CROSS_ENTROPY(y, model.model(x, training=False), weights))
     assert model.evaluate(raw, batch_size=2, verbose=0)[0] == pytest.approx(float(expected), rel=1e-4)
@@ -264,7 +264,7 @@ def test_transformer_layers(hub):
     x = {"source": tokens, "target": tokens}
     history = model.fit(x, tokens, batch_size=4, epochs=3, verbose=0).history
     assert history["task_loss"][-1] < history["task_loss"][0] and history["consistency_loss"][0] > 0
-    # Padding is masked out of both terms: with more of it the loss is the same.
+    # Padding is masked in both terms, so more padding does not change the loss.
     longer = np.pad(tokens, [(0, 0), (0, 3)])
     assert model.evaluate({"source": longer, "target": longer}, longer, verbose=0) == pytest.approx(
         model.evaluate(x, tokens, verbose=0), rel=1e-4

@@ -16,7 +16,7 @@ NAMES = {"gap", "submodel_loss", "divergence", "agreement"}
 
 
 class Chosen(layers.Layer):
-    """In training sub-model i of m adds `shift[i]` to its rows; as a full model it adds nothing."""
+    """In training sub-model i of m adds `shift[i]` to its rows. The full model adds nothing."""
 
     rdrop_stochastic = True
 
@@ -64,7 +64,7 @@ def test_by_hand(weights, batch_size):
 
 
 def test_jackknife():
-    """Of the mean of a product over pairs: leave out each pass in turn."""
+    """The jackknife of the mean of a product over pairs: leave out each pass in turn."""
     values = np.array([1.0, 2.0, -1.0, 4.0])
     products = [values[i] * values[j] for i in range(4) for j in range(i + 1, 4)]
     estimate = monitor._over_pairs(np.array(products), 4)
@@ -112,7 +112,7 @@ def test_leaves_no_trace():
 
 
 def test_batch_normalization_is_in_inference():
-    """Statistics far from the batch's would make a gap of their own."""
+    """Statistics far from those of the batch would make a gap by themselves."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3)(layers.Dropout(1e-6)(layers.BatchNormalization()(inputs))))
     model.compile("sgd", LOSS)
@@ -137,7 +137,7 @@ def test_other_losses(loss, activation, agrees):
 
 
 def test_data():
-    """Arrays and generators; the draws differ, the full model does not."""
+    """Arrays and generators. The draws differ, and the full model does not."""
     model = RDropModel(mlp(), 1.0)
     model.compile("sgd", LOSS)
     a = inconsistency(model, X, Y, passes=2, batch_size=20)

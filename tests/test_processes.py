@@ -1,4 +1,4 @@
-"""Several processes train as one does: `MultiWorkerMirroredStrategy`, and `keras.distribution` on JAX."""
+"""Several processes train like one, by `MultiWorkerMirroredStrategy` or by `keras.distribution` on JAX."""
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ def test_multi_worker(workers, replicas, options, tmp_path):
 
 @pytest.mark.backends("tensorflow")
 def test_multi_worker_with_an_uneven_last_batch(tmp_path):
-    """The mean over each process's rows counts alike, as Keras's does; all processes agree."""
+    """The means of all processes count alike, as in Keras, and all processes agree."""
     with Cluster("tensorflow", 2, "train", tmp_path, rows=21, batch_size=8) as cluster:
         first, second = cluster.results()
     assert first == second

@@ -20,7 +20,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-# KerasHub warns of positional embeddings that drop masks, MirroredStrategy of the lack of accelerators.
+# KerasHub warns that positional embeddings drop masks, MirroredStrategy that there is no accelerator.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 @pytest.mark.needs("keras_hub")
@@ -38,7 +38,7 @@ def test_two_commands():
     first, second = blocks("bash")
     assert "pip install" in first and "examples/quickstart.py" in first
     assert "pip install" in second and "pytest" in second
-    # Whole, and before anything else.
+    # CI runs them as they stand, before anything else.
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
     assert runs == [first, second, ".ci/run\n"]

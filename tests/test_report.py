@@ -52,7 +52,7 @@ def test_share():
 
 @pytest.mark.parametrize("share", ["deterministic", "shift"])
 def test_augmentation_inside_the_model(share):
-    """Each row of each pass has a shift of its own, unless `share` names the layer: then both passes have one view."""
+    """Each row of each pass has its own shift. If `share` names the layer, both passes have the same shifts."""
     inputs = keras.Input((8, 8, 1))
     shifted = layers.RandomTranslation(0.5, 0.5, fill_mode="constant", name="shift", seed=1)(inputs)
     dropped = layers.Dropout(0.5, name="drop", seed=2)(shifted)
@@ -61,7 +61,7 @@ def test_augmentation_inside_the_model(share):
     assert [(call.name, call.once) for call in report.calls] == [("shift", share == "shift"), ("drop", False)]
 
     wrapper = rdrop_keras.RDropModel(model, share=share)
-    x = np.ones((3, 8, 8, 1), "float32")  # Equal images: only their shifts can tell them apart.
+    x = np.ones((3, 8, 8, 1), "float32")  # The images are equal, so that only their shifts differ.
     keras.utils.set_random_seed(3)
     with step.training(2):
         shifted, dropped = (ops.convert_to_numpy(y) for y in wrapper(ops.convert_to_tensor(x), training=True))

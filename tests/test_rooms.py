@@ -1,4 +1,4 @@
-"""The package's rooms: which module may import which, and what the room for Keras's gaps offers by itself."""
+"""The rooms of the package: which module may import which, and what `keras_gaps` offers by itself."""
 
 import ast
 import doctest
@@ -18,7 +18,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# From the top floor down; a module imports from its own line and those below, without circles.
+# From the top down. A module imports from its own floor and those below, without circles.
 FLOORS = ["", "passes", "keras_gaps"]
 
 
@@ -51,7 +51,7 @@ def test_imports_make_no_circle():
     waiting = {module: imports(path) - {module} for module, path in MODULES.items()}
     while waiting:
         free = [module for module, needs in waiting.items() if not needs & set(waiting)]
-        # A room's `__init__` is imported with each module of it, and may import them.
+        # A room's `__init__` is imported with each of its modules, and may import them.
         assert free, f"these import each other: {sorted(waiting)}"
         for module in free:
             del waiting[module]
@@ -90,7 +90,7 @@ def test_docstring_of_the_wrapper():
 
 @keras.saving.register_keras_serializable("tests")
 class Doubled(wrapper.WrapperModel):
-    """Another method than R-Drop: trains on inputs twice as large, in every other step."""
+    """Another method than R-Drop: it doubles the inputs in every other training step."""
 
     kinds_of_step = (2.0, 1.0)
 
@@ -102,7 +102,7 @@ class Doubled(wrapper.WrapperModel):
 
 
 def test_another_method(tmp_path):
-    """Steps of two kinds, evaluation of the model inside, files that go on where they were."""
+    """It has steps of two kinds, evaluates the model inside, and a loaded file continues where it was saved."""
     x, y = np.random.RandomState(0).normal(size=(24, 4)).astype("float32"), np.arange(24) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

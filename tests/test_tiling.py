@@ -1,4 +1,4 @@
-"""How passes are put together and taken apart: each gets back what it had, to the bit."""
+"""Joining and splitting passes: splitting gives back what was joined, bit for bit."""
 
 import contextlib
 
@@ -44,7 +44,7 @@ def assert_equal(structure, expected):
 
 @contextlib.contextmanager
 def distribution():
-    """One under which the passes of a row stand together."""
+    """A distribution, under which the passes of a row lie next to each other."""
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=keras.distribution.list_devices()[:1]))
     try:
         yield

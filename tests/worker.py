@@ -1,4 +1,4 @@
-"""What one process of a `cluster.Cluster` does: `python worker.py TASK JSON`. Tasks return what can be JSON."""
+"""One process of a `cluster.Cluster`: `python worker.py TASK JSON`. What tasks return is written as JSON."""
 
 import contextlib
 import faulthandler
@@ -58,7 +58,7 @@ def train(options):
 
 
 def train_with_jax(options):
-    """The same with `keras.distribution`; each process gives its own part of each batch."""
+    """The same with `keras.distribution`. Each process gives its own part of each batch."""
     addresses, index = options["addresses"], options["index"]
     keras.distribution.initialize(",".join(addresses), len(addresses), index)
     import numpy as np
@@ -112,7 +112,7 @@ class Fault(keras.callbacks.Callback):
 
 
 def kill_in_save(number):
-    """Kills this process in the middle of the `number`-th file of weights."""
+    """Kills this process while it writes the `number`-th file of weights."""
     from keras.src.saving import saving_lib
 
     saves, write = [], saving_lib._save_state
@@ -121,14 +121,14 @@ def kill_in_save(number):
         if isinstance(trackable, RDropModel):
             saves.append(trackable)
         if len(saves) == number and isinstance(trackable, keras.optimizers.Optimizer):
-            os.kill(os.getpid(), signal.SIGKILL)  # The model is written, its optimizer not.
+            os.kill(os.getpid(), signal.SIGKILL)  # The model is written and its optimizer is not.
         return write(trackable, *args, **kwargs)
 
     saving_lib._save_state = save_state
 
 
 def resume(options):
-    """Trains with all that has state, from the backup in the folder if there is one; perhaps a fault is planned."""
+    """Trains with everything that has state, from the backup in the folder if there is one, perhaps with a fault."""
     scope = contextlib.nullcontext()
     if len(options["addresses"]) > 1:
         scope = strategy(timeout=options.get("timeout"), to_start=options.get("to_start")).scope()
@@ -158,7 +158,7 @@ def resume(options):
 
 
 def train_until_alone(options):
-    """Trains without end with `keras.distribution` on JAX, which is to notice within `timeout` that another is gone."""
+    """Trains forever with `keras.distribution` on JAX, until it notices within `timeout` that another is gone."""
     import jax
 
     jax.distributed.initialize(

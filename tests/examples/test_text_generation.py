@@ -24,7 +24,7 @@ def run_small(load, run):
 
 @pytest.fixture
 def data(tmp_path):
-    """Makes the folder `data` of a tutorial, with so many rows for training and half of them in the other splits."""
+    """Makes the folder `data` of a tutorial, with `rows` rows for training and half as many in the other splits."""
 
     def data(name, rows=16):
         rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def data(tmp_path):
 
 
 def difference(printed):
-    """Between the outputs of the model and of what was loaded."""
+    """The printed difference between the outputs of the model and of the loaded one."""
     return float(re.search(r"differ by at most (\S+)\.\n", printed)[1])
 
 
@@ -79,7 +79,7 @@ def test_translation_on_several_devices(run_small, data, monkeypatch):
     import tensorflow as tf
 
     data("translation")
-    # Collective operations of one process, as strategies use by default, must all be of as many devices.
+    # By default strategies use collective operations, which must all have the same number of devices in one process.
     one = tf.distribute.ReductionToOneDevice()
     mirrored = functools.partial(tf.distribute.MirroredStrategy, cross_device_ops=one)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", mirrored)
@@ -135,7 +135,7 @@ def test_smoothed_loss_is_that_of_smoothed_labels(load):
 
 def test_rouge(load):
     scores = load("summarization").rouge(["a b c", "d"], ["a b", "e"])
-    # Of the first row: precision 1 and recall 2/3 for words; for pairs precision 1 and recall 1/2. The second has 0.
+    # In the first row words have precision 1 and recall 2/3, pairs precision 1 and recall 1/2. The second row has 0.
     assert scores == pytest.approx({"rouge1": 40.0, "rouge2": 100 / 3, "rougeLsum": 40.0})
 
 
