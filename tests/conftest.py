@@ -22,7 +22,7 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))  # `cluster` imports `measure`.
 
 if BACKEND == "tensorflow":
     import tensorflow as tf

@@ -1,3 +1,5 @@
+"""α on a schedule, by a budget, and assigned; saved and loaded."""
+
 import json
 
 import keras

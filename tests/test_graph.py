@@ -1,3 +1,5 @@
+"""The paired graph: it equals tiling the inputs, runs each layer as often as it must, and knows which may be random."""
+
 import contextlib
 import time
 

@@ -1,3 +1,5 @@
+"""Inconsistency against float64 oracles, its errors, and the callback."""
+
 import keras
 import numpy as np
 import pytest

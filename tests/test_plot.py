@@ -1,3 +1,5 @@
+"""Pictures of runs: which panels, which curves, which errors."""
+
 import builtins
 
 import keras
