@@ -151,7 +151,7 @@ class Fixed(_Alpha):
         super().__init__(float(alpha))
         self._assigned = False
         if self.given:
-            self._variable = _add_scalar(model, "alpha", self.given)
+            self._variable = add_scalar(model, "alpha", self.given)
 
     def current(self):
         return ops.convert_to_tensor(self._variable)
@@ -195,8 +195,8 @@ class Scheduled(_Alpha):
 
     def __init__(self, schedule, model):
         super().__init__(schedule)
-        self.step = _add_scalar(model, "step", 0)
-        self._held = _add_scalar(model, "held", 0)
+        self.step = add_scalar(model, "step", 0)
+        self._held = add_scalar(model, "held", 0)
         self._warned = False
         self.variables = {"step": self.step}
         check_number("alpha(0)", float(ops.convert_to_numpy(self._at(ops.convert_to_tensor(0, "int32")))))
@@ -250,7 +250,7 @@ class Budgeted(_Alpha):
     def __init__(self, budget, model):
         super().__init__(budget)
         self._warned = False
-        self.alpha = _add_scalar(model, "alpha", budget.initial, aggregation="mean")
+        self.alpha = add_scalar(model, "alpha", budget.initial, aggregation="mean")
         self.variables = {"alpha": self.alpha}
 
     def current(self):
@@ -300,7 +300,7 @@ def is_moving(alpha):
     return callable(alpha) or isinstance(alpha, KLBudget)
 
 
-def _add_scalar(model, name, value, aggregation="only_first_replica"):
+def add_scalar(model, name, value, aggregation="only_first_replica"):
     """Adds a scalar variable to `model`, int or float like `value`, that is not one of its weights."""
     return model.add_weight(
         name=name,

@@ -15,7 +15,7 @@ from rdrop_keras import divergences
 from rdrop_keras.keras_gaps import _keras, step
 from rdrop_keras.keras_gaps.arguments import check_integer
 from rdrop_keras.keras_gaps.wrapper import WrapperModel
-from rdrop_keras.objective import RDropLoss
+from rdrop_keras.objective import MeanOfSome, RDropLoss
 from rdrop_keras.passes import Passes, check_dropout_rates, check_share, tiling
 
 
@@ -70,8 +70,13 @@ class RDropModel(WrapperModel):
             or a `rdrop_keras.Divergence`; or a dict or list with one of them for each output.
         num_passes: m ≥ 2 (section 4.3 of the paper). Defaults to 2.
         every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are R-Drop's and the others plain, of one pass;
-            `consistency_loss` is averaged over the first, `task_loss` over all. Not with `steps_per_execution` above
-            1. Defaults to 1.
+            `consistency_loss` is averaged over the first, NaN in an epoch without them, and `task_loss` over all. Not
+            with `steps_per_execution` above 1. Defaults to 1.
+        start: s ≥ 0. The steps before step s are plain training, with the numbers and the price of `alpha=0`, and
+            R-Drop starts at step s, from which `every` counts: where it pays late, and its steps cost more. A
+            schedule for `alpha` counts from step 0 all the same. With `steps_per_execution` above 1, an execution is
+            plain if its first step is before s. Steps are counted over all calls of `fit`, and go on in a file that
+            is loaded. Defaults to 0.
         dropout_rates: One rate for each pass, from 0 to less than 1 (section 4.4): pass i runs all dropout layers whose
             own rate is above 0 at rate i, attention and recurrent dropout included; at rate 0 it is the full model.
             The passes then run one after another, so that batch normalization sees them one by one. `None`, the
@@ -102,7 +107,7 @@ class RDropModel(WrapperModel):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
-    fixed = ("model", "divergence", "num_passes", "every", "dropout_rates", "share")
+    fixed = ("model", "divergence", "num_passes", "every", "start", "dropout_rates", "share")
 
     def __init__(
         self,
@@ -111,6 +116,7 @@ class RDropModel(WrapperModel):
         divergence="auto",
         num_passes=2,
         every=1,
+        start=0,
         dropout_rates=None,
         share="deterministic",
         name=None,
@@ -119,6 +125,7 @@ class RDropModel(WrapperModel):
         divergences.check(divergence)
         check_integer("num_passes", num_passes, least=2)
         check_integer("every", every, least=1)
+        check_integer("start", start, least=0)
         check_dropout_rates(dropout_rates, num_passes)
         check_share(share)
         is_plain = not alphas.is_moving(alpha) and alpha == 0
@@ -126,11 +133,14 @@ class RDropModel(WrapperModel):
         self.divergence = divergence
         self.num_passes = int(num_passes)
         self.every = int(every)
+        self.start = int(start)
         self.dropout_rates = None if dropout_rates is None else tuple(map(float, dropout_rates))
         self.share = share
         self._alpha = alphas.make(alpha, self)
         names = ["task_loss", "consistency_loss", *(["alpha"] if self._alpha.moves else [])]
-        self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self._trackers = {name: MeanOfSome(name=name) for name in names}
+        # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
+        self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_equal_passes = False
         self._passes = None if is_plain else Passes(model, share, self.dropout_rates)
 
@@ -142,13 +152,22 @@ class RDropModel(WrapperModel):
     def alpha(self, alpha):
         self._alpha.assign(alpha)
 
-    # The kind of a step is the number of its passes.
+    # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
     def kinds_of_step(self):
-        return (self.num_passes,) if self.every == 1 else (self.num_passes, 1)
+        between = [1] if self.every > 1 else []
+        before = [step.AS_IS] if self.start else []
+        return (self.num_passes, *between, *before)
 
-    def kind_of_step(self, step):
-        return self.num_passes if step % self.every == 0 else 1
+    def kind_of_step(self, number):
+        if number < self.start:
+            return step.AS_IS
+        return self.num_passes if (number - self.start) % self.every == 0 else 1
+
+    def steps_made(self, result):
+        if self.steps_per_execution == 1 or self._num_steps >= self.start:
+            return self.steps_per_execution
+        return _keras.value_after(self, self._step_counter, result) - self._num_steps
 
     def check_steps_per_execution(self):
         if self.every > 1 and self.steps_per_execution > 1:
@@ -202,6 +221,8 @@ class RDropModel(WrapperModel):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if step.current() is not None:
             self._alpha.end_step()
+            if self._step_counter is not None:
+                self._step_counter.assign_add(1)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -222,11 +243,7 @@ class RDropModel(WrapperModel):
 
     def after_fit(self, history):
         self._alpha.end_fit()
-        values = history.history.get("consistency_loss", [])
-        steps = history.params.get("steps") or 0
-        # With `every` an epoch may have no step of R-Drop, and then it has 0.
-        epochs = values if steps >= self.every else [max(values, default=1.0)]
-        if not self._warned_of_equal_passes and 0.0 in epochs:
+        if not self._warned_of_equal_passes and 0.0 in history.history.get("consistency_loss", []):
             self._warned_of_equal_passes = True
             warnings.warn(
                 "The passes of R-Drop did not differ: `consistency_loss` was exactly 0 in a whole epoch, and training "
@@ -249,6 +266,8 @@ class RDropModel(WrapperModel):
     def load_own_variables(self, store):
         super().load_own_variables(store)
         self._alpha.load(store)
+        if self._step_counter is not None:
+            self._step_counter.assign(self._num_steps)
 
     def get_config(self):
         return {
@@ -257,6 +276,7 @@ class RDropModel(WrapperModel):
             "divergence": keras.saving.serialize_keras_object(self.divergence),
             "num_passes": self.num_passes,
             "every": self.every,
+            "start": self.start,
             "dropout_rates": self.dropout_rates and list(self.dropout_rates),
             "share": self.share,
         }

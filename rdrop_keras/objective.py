@@ -48,7 +48,7 @@ class RDropLoss(_keras.CompileLoss):
         loss, loss_weights, output_names: As for `CompileLoss`.
         alpha: What gives α, of `alpha.py`; None where the `terms` alone are asked for.
         divergence: What `RDropModel` takes.
-        trackers: `{name: keras.metrics.Mean}`, updated in training: `task_loss` in every step with the mean over passes
+        trackers: `{name: MeanOfSome}`, updated in training: `task_loss` in every step with the mean over passes
             of the compiled loss; in paired steps `consistency_loss` with the consistency term without α, and `alpha`,
             if it is there, with α.
 
@@ -106,7 +106,7 @@ class RDropLoss(_keras.CompileLoss):
         current = step.current()
         if current is None:
             return super().call(y_true, y_pred, sample_weight)
-        num_passes = current.kind
+        num_passes = _num_passes()
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
@@ -135,6 +135,13 @@ class RDropLoss(_keras.CompileLoss):
 
     def _track(self, name, value, rows):
         self.trackers[name].update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
+
+
+class MeanOfSome(keras.metrics.Mean):
+    """A mean of what some steps have: NaN, and not 0, as long as none had it."""
+
+    def result(self):
+        return ops.where(self.count > 0, super().result(), float("nan"))
 
 
 class _OutputTerms(NamedTuple):
@@ -212,9 +219,9 @@ class _PassesLoss:
 
 
 def _num_passes():
-    """Passes of the step under way; outside of steps there is one."""
+    """Passes of the step under way; one outside of steps, and in those that are Keras's own."""
     current = step.current()
-    return 1 if current is None else current.kind
+    return 1 if current is None or current.kind == step.AS_IS else current.kind
 
 
 class _AsGiven(keras.losses.Loss):

@@ -26,6 +26,7 @@ __all__ = [
     "assign",
     "autocast_scope",
     "call",
+    "call_as_trained",
     "call_context",
     "children",
     "compute_output_spec",
@@ -61,6 +62,7 @@ __all__ = [
     "take_training_argument_as",
     "takes_training",
     "unscale_loss_for_distribution",
+    "value_after",
 ]
 
 
@@ -235,6 +237,29 @@ def takes_training(layer):
 def call(model, inputs, training):
     """`model(inputs)`, with `training` if its `call` takes it."""
     return model(inputs, training=training) if takes_training(model) else model(inputs)
+
+
+def call_as_trained(model, inputs, training):
+    """The call by which Keras trains `model`.
+
+    Its trainer for JAX (3.15.1) calls `model.call` itself, with no call context: in a model that does not hand
+    `training` on to its layers, dropout stays off.
+    """
+    if keras.backend.backend() != "jax":
+        return call(model, inputs, training)
+    return model.call(inputs, training=training) if takes_training(model) else model.call(inputs)
+
+
+def value_after(model, variable, result):
+    """What a scalar `variable` of `model` holds after a training function of Keras's that returned `result`.
+
+    On JAX it is in the state that the function returns, until the epoch ends.
+    """
+    if keras.backend.backend() != "jax":
+        return int(variable)
+    _, (_, values, *_) = result
+    position = next(i for i, other in enumerate(model.non_trainable_variables) if other is variable)
+    return int(values[position])
 
 
 def output_spec(model, specs, training):

@@ -1,7 +1,8 @@
 """The state of a model's random generators, so that training resumed from a file draws the masks it would have drawn.
 
 Keras saves weights and the optimizer, not this. On PyTorch, moreover, its dropout without a seed draws from the
-generator of the process, which is no part of a model; there a paired step draws from a seed of the wrapper's own.
+generator of the process, which is no part of a model; there a step draws from a seed of the wrapper's own, unless it
+is to be as Keras makes it.
 """
 
 import contextlib
@@ -10,14 +11,16 @@ import warnings
 import keras
 import numpy as np
 
+# The state of a seed that no number was drawn from yet.
+_NOT_STARTED = 0
+
 
 def torch_seed():
-    """A `SeedGenerator` started from PyTorch's generator; None on other backends, where layers have their own."""
-    if keras.backend.backend() != "torch":
-        return None
-    import torch
+    """A `SeedGenerator` for `drawing_from`; None on other backends, where layers have their own.
 
-    return keras.random.SeedGenerator(int(torch.randint(2**31, ())))
+    It is started from PyTorch's generator when it is first drawn from, so that until then that goes on as without it.
+    """
+    return keras.random.SeedGenerator(_NOT_STARTED) if keras.backend.backend() == "torch" else None
 
 
 @contextlib.contextmanager
@@ -28,6 +31,8 @@ def drawing_from(seed):
         return
     import torch
 
+    if int(keras.ops.max(seed.state)) == _NOT_STARTED:
+        seed.state.assign([int(torch.randint(1, 2**31, ())), 0])
     with _torch_fork():
         torch.manual_seed(int(keras.ops.sum(seed.next())))
         yield

@@ -12,6 +12,9 @@ import contextlib
 import contextvars
 import dataclasses
 
+# The kind of a step that is Keras's own and nothing else, down to the random numbers.
+AS_IS = 0
+
 _current = contextvars.ContextVar("rdrop_keras_step", default=None)
 
 

@@ -22,7 +22,9 @@ class WrapperModel(keras.Model):
 
     - `call_in_training(inputs, training, kind)`: the outputs that the loss and the metrics get;
     - `make_loss(loss, loss_weights)`: what takes the place of Keras's compiled loss;
-    - `kinds_of_step`, `kind_of_step(step)` and `check_steps_per_execution()`: kinds, each with a program of its own;
+    - `kinds_of_step`, `kind_of_step(number)` and `check_steps_per_execution()`: kinds, each with a program of its own;
+      one of kind `step.AS_IS` trains just as Keras does;
+    - `steps_made(result)`: how many steps an execution made;
     - `training_metrics`: metrics that `evaluate` does not report;
     - `after_fit(history)`;
     - `save_own_variables` and `load_own_variables`, `get_config` and `from_config`, `fixed`: as it has more of its own.
@@ -89,9 +91,13 @@ class WrapperModel(keras.Model):
         """A compiled loss in place of the one that Keras makes of these; None for Keras's."""
         return None
 
-    def kind_of_step(self, step):
-        """The kind of the step number `step`, one of `kinds_of_step`."""
+    def kind_of_step(self, number):
+        """The kind of the step of that number, one of `kinds_of_step`."""
         return self.kinds_of_step[0]
+
+    def steps_made(self, result):
+        """How many steps the execution made whose result, of Keras's `train_function`, that is."""
+        return 1
 
     def check_steps_per_execution(self):
         """Raises if there are several programs and executions of several steps, which cannot choose between them."""
@@ -109,12 +115,9 @@ class WrapperModel(keras.Model):
         current = step.current()
         if current is None:
             return _keras.call(self.model, inputs, training)
+        if current.kind == step.AS_IS:
+            return _keras.call_as_trained(self.model, inputs, training)
         return self.call_in_training(inputs, training, current.kind)
-
-    def stateless_call(self, *args, **kwargs):
-        # Keras's JAX trainer (3.15.1) calls `model.call` itself, with no call context: in a model that does not hand
-        # `training` on to its layers, dropout stays off. As it is, the model is trained just so.
-        return self.model.stateless_call(*args, **kwargs) if self._as_is else super().stateless_call(*args, **kwargs)
 
     @property
     def weights(self):
@@ -162,9 +165,10 @@ class WrapperModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def train_step(self, *args):
-        if self._as_is:
-            return super().train_step(*args)
-        kind = self.kind_of_step(0) if self._kind is None else self._kind
+        kind = self._kind if self._kind is not None else self.kind_of_step(0)
+        if self._as_is or kind == step.AS_IS:
+            with step.training(step.AS_IS):
+                return super().train_step(*args)
         of_replica = replicas.training_step(self.model, args[-1])
         with step.training(kind), random_state.drawing_from(self._torch_seed), of_replica:
             return super().train_step(*args)
@@ -189,7 +193,7 @@ class WrapperModel(keras.Model):
         def train_function(*args):
             self._kind = self.kind_of_step(self._num_steps)
             result = functions[self._kind](*args)
-            self._num_steps += 1
+            self._num_steps += self.steps_made(result)
             return result
 
         self.train_function = train_function
