@@ -561,7 +561,8 @@ def test_overridden_steps():
 
 
 def test_no_targets():
-    model = compiled(mlp())
+    model = RDropModel(mlp())
+    model.compile("sgd", CROSS_ENTROPY)
     with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
         model.fit(X, verbose=0)
 
