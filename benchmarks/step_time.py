@@ -5,14 +5,13 @@ so that what slows the machine slows all of them. A figure is the median over ro
 the same round. Peak memory is that of a process of its own for each variant, and is read on Linux only.
 
     python step_time.py                                  # the five small cases, 15 rounds
-    python step_time.py --backend jax --cases bert,lm
+    KERAS_BACKEND=jax python step_time.py --cases bert,lm
     python step_time.py --options --cases vit            # the cost of passes, of two rates, of steps between
-    python step_time.py --backend jax --cases vit_b16,bert_base --dtype mixed_bfloat16 --batch-size 128   # a GPU
+    KERAS_BACKEND=jax python step_time.py --cases vit_b16,bert_base --dtype mixed_bfloat16 --batch-size 128   # a GPU
 """
 
 import argparse
 import functools
-import os
 import pathlib
 import re
 import statistics
@@ -20,43 +19,19 @@ import subprocess
 import sys
 import time
 
+import keras
+import keras_hub
+import numpy as np
+from keras import layers, ops
+
+import measure
+import rdrop_keras
+
 SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm")
 LARGE = ("vit_b16", "bert_base")
 WARM_UP_STEPS = 3
 MEMORY_STEPS = 3
 ALPHA = 1.0
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=("jax", "tensorflow", "torch"), default="tensorflow")
-    parser.add_argument("--cases", default=",".join(SMALL), help=f"comma-separated, of {', '.join(SMALL + LARGE)}")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
-    parser.add_argument("--dtype", default="float32", help="a Keras dtype policy")
-    parser.add_argument("--options", action="store_true", help="time the options of RDropModel instead")
-    parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to")
-    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    unknown = set(args.cases.split(",")) - set(SMALL + LARGE)
-    if unknown:
-        parser.error(f"unknown --cases {', '.join(sorted(unknown))}: choose from {', '.join(SMALL + LARGE)}")
-    return args
-
-
-ARGS = arguments()
-os.environ["KERAS_BACKEND"] = ARGS.backend
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import keras  # noqa: E402
-import keras_hub  # noqa: E402
-import numpy as np  # noqa: E402
-from keras import layers, ops  # noqa: E402
-
-import measure  # noqa: E402
-import rdrop_keras  # noqa: E402
-
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -185,10 +160,10 @@ def bert4keras(y_true, y_pred):
     return crossentropy + ops.mean(kl(p[::2], p[1::2]) + kl(p[1::2], p[::2])) / 4 * ALPHA
 
 
-def variants(case):
+def variants(args, case):
     """`{name: function that makes a compiled model and its batch}`."""
     make, rows, _ = CASES[case]
-    rows = ARGS.batch_size or rows
+    rows = args.batch_size or rows
 
     def compiled(wrap, loss=CROSSENTROPY, repeats=1, doubled=1):
         keras.utils.set_random_seed(0)
@@ -208,7 +183,7 @@ def variants(case):
         "plain": functools.partial(compiled, plain),
         "plain, 2N rows": functools.partial(compiled, plain, doubled=2),
     }
-    if ARGS.options:
+    if args.options:
         options = {
             **{f"num_passes={m}": {"num_passes": m} for m in (2, 3, 4)},
             "dropout_rates=(0.1, 0.3)": {"dropout_rates": (0.1, 0.3)},
@@ -232,16 +207,16 @@ def step(model, x, y):
     return float(np.ravel(model.train_on_batch(x, y))[0])
 
 
-def time_case(case):
+def time_case(args, case):
     """`{variant: seconds of every round}`."""
     runs = {}
-    for name, make in variants(case).items():
+    for name, make in variants(args, case).items():
         runs[name] = make()
         for _ in range(WARM_UP_STEPS):
             assert np.isfinite(step(*runs[name])), name
     seconds = {name: [] for name in runs}
     names = list(runs)
-    for round_ in range(ARGS.rounds):
+    for round_ in range(args.rounds):
         for i in range(len(names)):
             name = names[(i + round_) % len(names)]
             start = time.perf_counter()
@@ -250,20 +225,21 @@ def time_case(case):
     return seconds
 
 
-def memory(case, variant):
+def memory(args, case, variant):
     """Peak memory in MiB of a process that runs this variant alone: of the device where it tells, else of the host."""
-    command = [sys.executable, __file__, "--backend", ARGS.backend, "--dtype", ARGS.dtype, "--memory-of", case, variant]
-    command += ["--batch-size", str(ARGS.batch_size)] if ARGS.batch_size else []
-    command += ["--options"] if ARGS.options else []
+    command = [sys.executable, __file__, "--dtype", args.dtype, "--memory-of", case, variant]
+    command += ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    command += ["--options"] if args.options else []
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(output.split()[-1])
 
 
-def own_memory(case, variant):
-    run = variants(case)[variant]()
+def own_memory(args):
+    case, variant = args.memory_of
+    run = variants(args, case)[variant]()
     for _ in range(MEMORY_STEPS):
         step(*run)
-    if ARGS.backend == "jax":
+    if keras.backend.backend() == "jax":
         import jax
 
         statistics_ = jax.local_devices()[0].memory_stats() or {}
@@ -289,8 +265,8 @@ def ratios(seconds, name, base):
     return [a / b for a, b in zip(seconds[name], seconds[base])]
 
 
-def timed(case):
-    seconds = time_case(case)
+def timed(args, case):
+    seconds = time_case(args, case)
     rows = {}
     for name in seconds:
         over_plain = ratios(seconds, name, "plain")
@@ -301,40 +277,60 @@ def timed(case):
             "ratio_to_2N": statistics.median(ratios(seconds, name, "plain, 2N rows")),
         }
     _, batch_size, title = CASES[case]
-    print(f"\n{title}, N = {ARGS.batch_size or batch_size}")
+    batch_size = args.batch_size or batch_size
+    print(f"\n{title}, N = {batch_size}")
     print(f"{'':28} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6}")
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
         print(f"{name:28} {row['seconds']:8.4f} {row['ratio']:8.2f} {low:8.2f}-{high:.2f} {row['ratio_to_2N']:6.2f}")
     sys.stdout.flush()
-    return {"title": title, "batch_size": ARGS.batch_size or batch_size, "variants": rows}
+    return {"title": title, "batch_size": batch_size, "variants": rows}
 
 
-def add_memory(case, variants_):
+def add_memory(args, case, measured):
     print(f"\n{CASES[case][2]}: peak MiB")
-    for name, row in variants_.items():
-        row["peak_MiB"] = round(memory(case, name))
+    for name, row in measured.items():
+        row["peak_MiB"] = round(memory(args, case, name))
         print(f"{name:28} {row['peak_MiB']:8}", flush=True)
 
 
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(SMALL), help=f"comma-separated, of {', '.join(SMALL + LARGE)}")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
+    parser.add_argument("--dtype", default="float32", help="a Keras dtype policy")
+    parser.add_argument("--options", action="store_true", help="time the options of RDropModel instead")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to")
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.cases.split(",")) - set(SMALL + LARGE)
+    if unknown:
+        parser.error(f"unknown --cases {', '.join(sorted(unknown))}: choose from {', '.join(SMALL + LARGE)}")
+    return args
+
+
 def main():
-    keras.config.set_dtype_policy(ARGS.dtype)
-    if ARGS.memory_of:
-        print(own_memory(*ARGS.memory_of))
+    args = parse_arguments()
+    keras.config.set_dtype_policy(args.dtype)
+    if args.memory_of:
+        print(own_memory(args))
         return
     result = {
         **measure.provenance(),
-        "rounds": ARGS.rounds,
+        "backend": keras.backend.backend(),
+        "rounds": args.rounds,
         "alpha": ALPHA,
         "seconds_to_build_12_layers": seconds_to_build(),
-        "cases": {case: timed(case) for case in ARGS.cases.split(",")},
+        "cases": {case: timed(args, case) for case in args.cases.split(",")},
     }
     print(f"\nPaired graph of a BERT with 12 layers: {result['seconds_to_build_12_layers']:.4f} s")
-    if not ARGS.no_memory and sys.platform == "linux":
+    if not args.no_memory and sys.platform == "linux":
         for case, measured in result["cases"].items():
-            add_memory(case, measured["variants"])
-    if ARGS.out:
-        measure.write(ARGS.out, result)
+            add_memory(args, case, measured["variants"])
+    if args.out:
+        measure.write(args.out, result)
 
 
 if __name__ == "__main__":

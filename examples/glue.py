@@ -12,8 +12,8 @@ To install what it needs, in a copy of the repository, and to run it (on every b
     python examples/glue.py --task rte
     python examples/glue.py --task rte --small --data FOLDER
 
-The first command downloads data by tensorflow-datasets and weights by KerasHub. The second needs no network: it trains
-a small BERT from scratch, on tables in a folder of yours.
+The second command downloads data with tensorflow-datasets and weights with KerasHub. The third needs no network: it
+trains a small BERT from scratch, on tables in a folder of yours.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def read_table(folder, split, columns):
 #
 # The batches hold raw strings, which the KerasHub task tokenizes while it trains. It never shuffles what it is given,
 # so we shuffle here, anew in each epoch. All batches are full, so that several devices can split them evenly. Training
-# leaves the remaining rows out; evaluation fills its last batch with rows of weight 0.
+# leaves out the rows that remain. Evaluation fills its last batch with rows of weight 0.
 def make_batches(texts, labels, training):
     rows = tf.data.Dataset.from_tensor_slices((texts, labels))
     if training:
@@ -108,10 +108,10 @@ def make_batches(texts, labels, training):
 
 # ## The classifier
 #
-# This is the KerasHub task that you would train without R-Drop. Its BERT comes with dropout 0.1, which R-Drop needs;
-# `rdrop_keras.with_dropout` gives dropout to a model that comes without.
+# This is the KerasHub task that you would train without R-Drop. R-Drop needs dropout, and this BERT comes with a rate
+# of 0.1. `rdrop_keras.with_dropout` gives dropout to a model that comes without.
 def build_classifier(task, texts=None):
-    """The task of `PRESET`; or given the training texts, a small one from scratch, which knows their words."""
+    """The task of `PRESET`, or a small one from scratch that knows the words of `texts`."""
     _, num_classes = TASKS[task]
     if texts is None:
         preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
@@ -160,7 +160,7 @@ def score(task, labels, outputs):
 # On TensorFlow the model is made in the scope of a strategy; several workers, which find each other by the variable
 # `TF_CONFIG`, all run this program. On JAX one line, before the model is made, lets all devices share each batch.
 # `BackupAndRestore` keeps the state of training: after an interruption the same command goes on. Of several workers the
-# first writes, where all can read. `tensorboard --logdir runs` shows the curves.
+# first writes, to a place where all can read. `tensorboard --logdir runs` shows the curves.
 STRATEGIES = {
     "none": tf.distribute.get_strategy,
     "mirrored": tf.distribute.MirroredStrategy,

@@ -1,8 +1,8 @@
 """Fine-tuning GPT-2 on Wikipedia with R-Drop.
 
-A language model tells how likely each next word is. Here a pretrained GPT-2 of KerasHub goes on learning from articles
-of Wikipedia with R-Drop (the paper trains language models in section 3.4), then is scored by its perplexity, goes on
-with a text, is exported and loaded again. R-Drop is the one line that wraps it:
+A language model tells how likely each next word is. Here a pretrained GPT-2 of KerasHub is trained further on articles
+of Wikipedia with R-Drop (the paper trains language models in section 3.4). Then it is scored by its perplexity,
+continues a text, is exported and loaded again. R-Drop is the one line that wraps it:
 
     model = rdrop_keras.RDropModel(language_model, alpha=1.0)
 
@@ -12,8 +12,8 @@ To install what it needs, in a copy of the repository, and to run it (on every b
     python examples/language_model.py
     python examples/language_model.py --small --data FOLDER
 
-The second command downloads articles by tensorflow-datasets and weights by KerasHub, and wants a GPU. The third needs
-neither: it trains a small GPT-2 from scratch, on plain text in a folder of yours.
+The second command downloads articles with tensorflow-datasets and weights with KerasHub, and wants a GPU. The third
+needs neither: it trains a small GPT-2 from scratch, on plain text in a folder of yours.
 """
 
 import argparse
@@ -44,7 +44,7 @@ WORDS = 100  # Of a row of text.
 SEQUENCE_LENGTH = 192  # Tokens of a row. Longer rows are cut.
 SEED = 0
 PROMPT = "The film was released in"
-# The model of `--small`. It starts from nothing, which asks for a higher learning rate.
+# The model of `--small`. It starts from random weights, which need a higher learning rate.
 SMALL = {"num_layers": 2, "num_heads": 4, "hidden_dim": 128, "intermediate_dim": 512}
 SMALL_VOCABULARY_SIZE = 8_000
 SMALL_LEARNING_RATE = 1e-3
@@ -88,7 +88,7 @@ def read_text(folder, names):
 
 # ## Batches
 #
-# The batches hold raw strings, which the KerasHub task tokenizes while it trains: it also makes the labels, which are
+# The batches hold raw strings, which the KerasHub task tokenizes while it trains. It also makes the labels, which are
 # the next tokens, and gives padding no weight. It never shuffles what it is given, so we shuffle here, anew in each
 # epoch.
 def make_batches(rows, training=False):
@@ -102,7 +102,7 @@ def make_batches(rows, training=False):
 # This is the KerasHub task that you would train without R-Drop. R-Drop needs dropout, and GPT-2 has it in every layer:
 # `dropout` sets its rate.
 def build_model(texts=None):
-    """The task of `PRESET`; or given the training texts, a small one from scratch, which knows their words."""
+    """The task of `PRESET`, or a small one from scratch that knows the words of `texts`."""
     if texts is None:
         preprocessor = keras_hub.models.GPT2CausalLMPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
         backbone = keras_hub.models.GPT2Backbone.from_preset(PRESET, dropout=DROPOUT)
@@ -121,8 +121,8 @@ def build_model(texts=None):
 
 # ## Compiling
 #
-# We compile the wrapper as we would compile the task. The mean of the loss goes over the tokens that are not padding.
-# The metric `nll` is the same mean over all batches together, of which the perplexity is the exponential.
+# We compile the wrapper as we would compile the task. The loss is a mean over the tokens that are not padding. The
+# metric `nll` is the same mean over all batches together. The perplexity is its exponential.
 def compile_model(model, num_steps, learning_rate):
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, num_steps - num_steps // 10, warmup_target=learning_rate, warmup_steps=num_steps // 10
@@ -162,7 +162,7 @@ def main():
     callbacks = [keras.callbacks.BackupAndRestore(f"{output}/backup"), keras.callbacks.TensorBoard(f"{output}/logs")]
     model.fit(train, validation_data=validation, epochs=args.epochs, callbacks=callbacks)
 
-    # `evaluate` runs the wrapped model alone. Perplexities a token compare models that have the same tokenizer.
+    # `evaluate` runs the wrapped model alone. Perplexities per token are comparable between models with one tokenizer.
     nll = model.evaluate(make_batches(splits["test"]), return_dict=True)["nll"]
     print(f"Perplexity a token of {len(splits['test'])} test rows: {math.exp(nll):.2f}")
 
@@ -170,7 +170,7 @@ def main():
     language_model.compile(sampler=keras_hub.samplers.TopKSampler(20, seed=SEED))
     print(language_model.generate(PROMPT))
 
-    # The SavedModel is GPT-2 alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the KerasHub
+    # The SavedModel is GPT-2 alone, from tokens to logits. It is written on TensorFlow. Elsewhere we save the KerasHub
     # task, tokenizer included.
     tokens, _, _ = language_model.preprocess_samples(splits["test"][:2])
     tokens = {name: np.array(value, "int32") for name, value in tokens.items()}

@@ -1,14 +1,14 @@
 """R-Drop on a small vision Transformer: what it gains, in as many epochs and in as much time.
 
 R-Drop pays where plain training overfits. So a Transformer is trained here on only 50 images of handwritten digits,
-which it sees 500 times, each time shifted at random by up to a pixel. Three trainings are compared, several times each
-from different random weights: plain training; plain training for as long as R-Drop takes, whose steps cost more; and
-R-Drop. The images come with scikit-learn, so nothing is downloaded. R-Drop is the one line that wraps the model:
+which it sees 500 times, each time shifted at random by up to a pixel. Three ways to train are compared, each several
+times from different random weights: plain training; plain training for as long as R-Drop takes, whose steps cost more;
+and R-Drop. The images come with scikit-learn, so nothing is downloaded. R-Drop is the one line that wraps the model:
 
     model = rdrop_keras.RDropModel(model, alpha=3.0)
 
-It needs scikit-learn and matplotlib, and takes about two minutes on two CPU cores. Three seeds are few: to tell small
-differences apart give more, such as `--seeds 10`.
+It needs scikit-learn and matplotlib, and takes about two minutes on two CPU cores. Three seeds are few. To detect small
+differences give more, such as `--seeds 10`.
 
     python quickstart.py
     python quickstart.py --alpha 1 --seeds 10
@@ -33,7 +33,7 @@ import rdrop_keras
 IMAGE_SIZE = 8
 NUM_TRAIN = 50
 NUM_VALIDATION = 400  # The other 1347 images are the test split.
-PASSES_AN_EPOCH = 20  # Each epoch goes this often through the training images.
+PASSES_AN_EPOCH = 20  # How often each epoch goes through the training images.
 
 # Model
 PATCH_SIZE = 2
@@ -130,7 +130,7 @@ def train(kind, alpha, seed, epochs, data):
 # ## The price
 #
 # A step of R-Drop passes each image through the network twice. What that costs depends on the machine, so it is
-# measured: epochs of both kinds take turns, and the median ratio of their steps' times says how many epochs of plain
+# measured. Epochs of both kinds take turns, and the median ratio of their step times tells how many epochs of plain
 # training fit into the time of R-Drop. The first turn, which compiles, is left out.
 def step_seconds(model, train_split):
     """The median time from step to step of an epoch."""
@@ -155,8 +155,8 @@ def time_steps(alpha, data):
 
 # ## The results
 #
-# Mean and standard deviation over seeds. Then, since all runs of a seed start from the same weights, the mean of the
-# differences between them, with its 95 % interval by Student's t.
+# First the mean and standard deviation over seeds. Then the mean of the differences between runs of the same seed,
+# which start from the same weights, with its 95 % interval by Student's t.
 def cell(values, paired=False):
     text = f"{np.mean(values):{'+' if paired else ''}.3f}"
     if len(values) > 1:
@@ -226,7 +226,7 @@ def main():
             curves = {key: history.history[key] for key in ("val_loss", "val_accuracy")}
             history.history = {**curves, "seconds": [seconds[kind] * (1 + epoch) for epoch in history.epoch]}
     figure = rdrop_keras.plot.compare(histories)
-    for axes in figure.axes:  # The range is that of the last three quarters: all improve too fast before.
+    for axes in figure.axes:  # The range is that of the last three quarters of the curves, which are steep before.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 4 :] for line in axes.get_lines()])
         axes.set_ylim(late.min() - 0.05, late.max() + 0.05)
     figure.savefig(args.out, dpi=150)

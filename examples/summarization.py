@@ -12,8 +12,8 @@ To install what it needs, in a copy of the repository, and to run it (on every b
     python examples/summarization.py
     python examples/summarization.py --small --data FOLDER
 
-The second command downloads CNN/DailyMail by tensorflow-datasets and weights by KerasHub, and wants a GPU. The third
-needs neither: it trains a small BART from scratch, on tables in a folder of yours.
+The second command downloads CNN/DailyMail with tensorflow-datasets and weights with KerasHub, and wants a GPU. The
+third needs neither: it trains a small BART from scratch, on tables in a folder of yours.
 """
 
 import argparse
@@ -41,9 +41,9 @@ EPOCHS = 3
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-5
 DOCUMENT_LENGTH, SUMMARY_LENGTH = 512, 128  # Tokens. Longer texts are cut.
-SCORED_ROWS = 64  # Writing takes long: so many summaries are written and scored.
+SCORED_ROWS = 64  # How many summaries are written and scored, which takes long.
 SEED = 0
-# The model of `--small`. It starts from nothing, which asks for a higher learning rate.
+# The model of `--small`. It starts from random weights, which need a higher learning rate.
 SMALL = {"num_layers": 2, "num_heads": 4, "hidden_dim": 128, "intermediate_dim": 512}
 SMALL_VOCABULARY_SIZE = 6_000
 SMALL_DOCUMENT_LENGTH, SMALL_SUMMARY_LENGTH = 96, 24
@@ -91,7 +91,7 @@ def read_table(folder, names, columns):
 
 # ## Batches
 #
-# The batches hold raw texts, which the KerasHub task tokenizes while it trains: it also makes the labels, which are the
+# The batches hold raw texts, which the KerasHub task tokenizes while it trains. It also makes the labels, which are the
 # next tokens of the summary, and gives padding no weight. It never shuffles what it is given, so we shuffle here, anew
 # in each epoch.
 def make_batches(dataset, training=False):
@@ -104,7 +104,7 @@ def make_batches(dataset, training=False):
 # This is the KerasHub task that you would train without R-Drop. R-Drop needs dropout, and BART has it in every layer:
 # `dropout` sets its rate.
 def build_model(texts=None):
-    """The task of `PRESET`; or given the training texts, a small one from scratch, which knows their words."""
+    """The task of `PRESET`, or a small one from scratch that knows the words of `texts`."""
     if texts is None:
         preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor.from_preset(
             PRESET, encoder_sequence_length=DOCUMENT_LENGTH, decoder_sequence_length=SUMMARY_LENGTH
@@ -127,7 +127,7 @@ def build_model(texts=None):
 
 # ## Compiling
 #
-# We compile the wrapper as we would compile the task. The mean of the loss goes over the tokens that are not padding.
+# We compile the wrapper as we would compile the task. The loss is a mean over the tokens that are not padding.
 def compile_model(model, num_steps, learning_rate):
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, num_steps - num_steps // 10, warmup_target=learning_rate, warmup_steps=num_steps // 10
@@ -141,7 +141,7 @@ def compile_model(model, num_steps, learning_rate):
 # ## The score
 #
 # ROUGE counts what a summary shares with its reference: words, pairs of words, and the longest common subsequence.
-# The mean F1 over rows is given, of 100. `rougeLsum` is customary for CNN/DailyMail, which has one sentence a line.
+# The score is the mean F1 over rows, times 100. `rougeLsum` is customary for CNN/DailyMail, with one sentence a line.
 def rouge(references, summaries):
     kinds = ["rouge1", "rouge2", "rougeLsum"]
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
@@ -177,7 +177,7 @@ def main():
     model.fit(train, validation_data=validation, epochs=args.epochs, callbacks=callbacks)
 
     # The trained model is `model.model`, the KerasHub task, which takes texts and writes texts as it always does. Here
-    # it takes the likeliest token each time; `keras_hub.samplers.BeamSampler(4)` looks further ahead.
+    # it takes the most likely token each time. `keras_hub.samplers.BeamSampler(4)` looks further ahead.
     summarizer.compile(sampler="greedy")
     rows = list(splits["test"].take(SCORED_ROWS).as_numpy_iterator())
     documents, references = ([row[name].decode() for row in rows] for name in ("encoder_text", "decoder_text"))
@@ -187,8 +187,8 @@ def main():
         print(f"{name} of {len(summaries)} test rows: {value:.2f}")
     print(f"\n{documents[0][:500]}\n  reference: {references[0]}\n  summary:   {summaries[0]}\n")
 
-    # The SavedModel is BART alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the KerasHub
-    # task, without the lengths of its preprocessor: before a loaded task generates, set its `preprocessor`.
+    # The SavedModel is BART alone, from tokens to logits. It is written on TensorFlow. Elsewhere we save the KerasHub
+    # task, but not the lengths in its preprocessor: set `preprocessor` before a loaded task generates.
     tokens, _, _ = summarizer.preprocess_samples({"encoder_text": documents[:2], "decoder_text": references[:2]})
     tokens = {name: np.array(value, "int32") for name, value in tokens.items()}
     if keras.backend.backend() == "tensorflow":

@@ -12,8 +12,8 @@ To install what it needs, in a copy of the repository, and to run it (on every b
     python examples/translation.py
     python examples/translation.py --small --data FOLDER
 
-The second command downloads TED talks by tensorflow-datasets and trains the paper's model, which wants a GPU. The third
-needs neither: it trains a small model on tables in a folder of yours.
+The second command downloads TED talks with tensorflow-datasets and trains the paper's model, for which you want a GPU.
+The third needs neither: it trains a small model on tables in a folder of yours.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LABEL_SMOOTHING = 0.1
 EPOCHS = 60
 BATCH_SIZE = 128  # Of all devices together.
 LEARNING_RATE = 5e-4
-MAX_LENGTH = 64  # Tokens of a sentence. Longer ones are cut.
+MAX_LENGTH = 64  # Tokens of a sentence. Longer sentences are cut.
 SEED = 0
 # The paper's model, and that of `--small`.
 MODEL = {"num_layers": 6, "num_heads": 4, "hidden_dim": 512, "intermediate_dim": 1024, "dropout": 0.3}
@@ -112,8 +112,8 @@ def build_model(texts, small=False):
 # ## The loss
 #
 # The paper smooths the labels: the right word counts 0.9, and all words share the remaining 0.1. Keras does that for
-# one-hot labels, which would be large here, so we write it for integers. From a loss of our own R-Drop cannot know what
-# the outputs are, so `main` tells it by `divergence`. The mean goes over the tokens that are not padding.
+# one-hot labels, which would be large here, so we write it for integers. R-Drop cannot tell from our own loss what the
+# outputs are, so `main` passes `divergence`. The mean is over the tokens that are not padding.
 class SmoothedCrossentropy(keras.losses.Loss):
     def call(self, y_true, y_pred):
         log_probs = keras.ops.log_softmax(keras.ops.cast(y_pred, "float32"))
@@ -134,28 +134,22 @@ def compile_model(model, num_steps):
 
 # ## Translations
 #
-# The decoder takes the likeliest token each time; `keras_hub.samplers.BeamSampler(5)` looks further ahead.
+# The decoder takes the most likely token each time. `keras_hub.samplers.BeamSampler(5)` looks further ahead.
 def translate(translator, sources):
-    translator.compile(sampler="greedy")  # Of `generate` alone: the translator has been trained by its wrapper.
+    translator.compile(sampler="greedy")  # For `generate` alone: the translator has been trained by its wrapper.
     translations = []
     for i in range(0, len(sources), BATCH_SIZE):
         batch = sources[i : i + BATCH_SIZE]
-        filling = batch[:1] * (BATCH_SIZE - len(batch))  # All batches have one size, which the devices can split.
+        filling = batch[:1] * (BATCH_SIZE - len(batch))  # All batches are full, so that several devices can split them.
         translations += translator.generate(batch + filling)[: len(batch)]
     return translations
 
 
 # ## Several devices
 #
-# On TensorFlow the model is made and compiled in the scope of a strategy; all else stays as it is:
-#
-#     strategy = tf.distribute.MirroredStrategy()
-#     with strategy.scope():
-#         model = rdrop_keras.RDropModel(build_model(texts), alpha=5.0, ...)
-#
-# Several workers run this same program, and find each other by `TF_CONFIG`. On JAX it is one line:
-#
-#     keras.distribution.set_distribution(keras.distribution.DataParallel())
+# On TensorFlow the model is made and compiled in the scope of a strategy, as in `main`. Several workers all run this
+# program, and find each other by the variable `TF_CONFIG`. On JAX one line, before the model is made, lets all devices
+# share each batch.
 STRATEGIES = {
     "none": tf.distribute.get_strategy,
     "mirrored": tf.distribute.MirroredStrategy,
@@ -167,7 +161,7 @@ STRATEGIES = {
 # ## Training
 #
 # `BackupAndRestore` keeps the state of training: after an interruption the same command goes on. Of several workers the
-# first writes, where all can read. `tensorboard --logdir runs` shows the curves.
+# first writes, to a place where all can read. `tensorboard --logdir runs` shows the curves.
 def main():
     parser = argparse.ArgumentParser(description="Trains a translation model with R-Drop.")
     parser.add_argument("--data", metavar="FOLDER", help="of tables, in place of tensorflow-datasets")
@@ -206,8 +200,8 @@ def main():
     print(f"BLEU of {len(sources)} test sentences: {sacrebleu.corpus_bleu(translations, [targets]).score:.2f}")
     print(f"\n{sources[0]}\n  reference:   {targets[0]}\n  translation: {translations[0]}\n")
 
-    # The SavedModel is the translator alone, from tokens to logits. It is written on TensorFlow; elsewhere we save the
-    # KerasHub task, without the lengths of its preprocessor: before a loaded task generates, set its `preprocessor`.
+    # The SavedModel is the translator alone, from tokens to logits. It is written on TensorFlow. Elsewhere we save the
+    # KerasHub task, but not the lengths in its preprocessor: set `preprocessor` before a loaded task generates.
     if is_first:
         tokens, _, _ = translator.preprocess_samples({"encoder_text": sources[:2], "decoder_text": targets[:2]})
         tokens = {name: np.array(value, "int32") for name, value in tokens.items()}

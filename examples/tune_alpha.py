@@ -1,9 +1,9 @@
 """Searching for α and the dropout rate with KerasTuner, as one searches for any hyperparameter.
 
-The two belong together: R-Drop acts on what dropout makes different, so the best rate with it is often another than
-without it. A random search trains a small classifier of handwritten digits with one choice of both at a time, on
-validation loss, which with R-Drop is the plain loss of the wrapped model and so comparable between choices. The best
-model is then tested once.
+The two belong together: R-Drop acts on what dropout makes different, so the best rate with R-Drop is often not the best
+without. A random search trains a small classifier of handwritten digits with one choice of both at a time, and compares
+choices by the validation loss. With R-Drop that is the plain loss of the wrapped model, so choices are comparable. The
+best model is then tested once.
 
 It needs keras-tuner and scikit-learn, and takes about a minute on two CPU cores:
 
@@ -83,7 +83,7 @@ def main():
 
     train, validation, test = load_data()
     keras.utils.set_random_seed(args.seed)
-    with tempfile.TemporaryDirectory() as folder:  # For a search that can be continued, a folder that stays.
+    with tempfile.TemporaryDirectory() as folder:  # To be able to continue the search, use a folder that stays.
         tuner = keras_tuner.RandomSearch(
             build_model,
             objective=keras_tuner.Objective("val_loss", "min"),

@@ -13,8 +13,8 @@ To install what it needs, in a copy of the repository, and to run it (on every b
     python examples/vit_cifar100.py
     python examples/vit_cifar100.py --small --data PATH
 
-The first command downloads data by tensorflow-datasets and weights by KerasHub; it is one for a GPU. The second needs
-no network, and can do without a GPU: it trains a small ViT from scratch, on a folder or a zip of images of yours.
+The second command downloads data with tensorflow-datasets and weights with KerasHub, and wants a GPU. The third needs
+neither: it trains a small ViT from scratch, on a folder or a zip of images of yours.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SMALL_LEARNING_RATE = 1e-3
 # `test/CLASS/`: five folders named after the classes in each. Nothing else has to change. Images of any size are
 # cropped to squares, and resized as they are read.
 def load_data(image_size, path=None):
-    """The images and labels of the training, validation and test splits, as datasets, and the names of the classes."""
+    """The training, validation and test splits, as datasets of images and labels, and the names of the classes."""
     if path is None:
         splits = ["train[:90%]", "train[90%:]", "test"]
         (train, validation, test), info = tfds.load("cifar100", split=splits, as_supervised=True, with_info=True)
@@ -82,12 +82,12 @@ def load_data(image_size, path=None):
 
 # ## Batches
 #
-# The batches hold images as they are, with values from 0 to 255; the KerasHub task resizes and scales them while it
-# trains. It never shuffles what it is given: the data are shuffled above. Images are augmented here and not in the
+# The batches hold images as they are, with values from 0 to 255. The KerasHub task resizes and scales them while it
+# trains. It never shuffles what it is given, so the data are shuffled above. Images are augmented here and not in the
 # model, so that the two passes of R-Drop see the same image and differ by dropout alone.
 #
-# All batches are full, so that several devices can split them evenly. Training leaves the remaining images out;
-# evaluation fills its last batch with images of weight 0.
+# All batches are full, so that several devices can split them evenly. Training leaves out the images that remain.
+# Evaluation fills its last batch with images of weight 0.
 def make_batches(rows, training):
     num_rows = len(rows)
     rows = rows.map(lambda image, label: (tf.cast(image, "float32"), label))  # Bytes would be rounded when resized.
@@ -106,7 +106,7 @@ def make_batches(rows, training):
 
 # ## The classifier
 #
-# The KerasHub task, with a new head for the classes of the data. Its dropout rates are 0: without `with_dropout`,
+# This is the KerasHub task with a new head for the classes of the data. Its dropout rates are 0: without `with_dropout`
 # `RDropModel` would raise an error, since its two passes would be equal. The new task has the same weights.
 def build_classifier(num_classes, dropout, small=False):
     """A `keras_hub.models.ViTImageClassifier`: that of `PRESET`, or a small one from scratch."""
@@ -123,8 +123,8 @@ def build_classifier(num_classes, dropout, small=False):
 
 # ## R-Drop
 #
-# We wrap the task, and compile the wrapper as we would compile the task. The classifier returns logits. From the loss
-# R-Drop knows that, and that it is to compare its two passes by the KL divergence between their classes.
+# We wrap the task, and compile the wrapper as we would compile the task. The loss tells R-Drop that the classifier
+# returns logits, and that it is to compare its two passes by the KL divergence between their classes.
 def build_model(classifier, alpha, num_steps, learning_rate):
     model = rdrop_keras.RDropModel(classifier, alpha=alpha)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -144,7 +144,7 @@ def build_model(classifier, alpha, num_steps, learning_rate):
 # `TF_CONFIG`, all run this program. On JAX one line, before the model is made, lets all devices share each batch.
 #
 # `BackupAndRestore` keeps the state of training: after an interruption the same command goes on. Of several workers the
-# first writes, where all can read. `tensorboard --logdir runs` shows the curves.
+# first writes, to a place where all can read. `tensorboard --logdir runs` shows the curves.
 STRATEGIES = {
     "none": tf.distribute.get_strategy,
     "mirrored": tf.distribute.MirroredStrategy,
@@ -187,8 +187,8 @@ def main():
     model.fit(train, validation_data=validation, epochs=args.epochs, callbacks=callbacks)
     print(f"Test accuracy: {model.evaluate(test, return_dict=True)['accuracy']:.4f}")
 
-    # The SavedModel is the ViT alone and takes images that are resized and scaled. It is written on TensorFlow;
-    # elsewhere we save the KerasHub task, which does both itself.
+    # The SavedModel is the ViT alone and takes images that are resized and scaled. It is written on TensorFlow.
+    # Elsewhere we save the KerasHub task, which does both itself.
     outputs = model.predict(test.take(1))[:2]
     if is_first and keras.backend.backend() == "tensorflow":
         model.export(f"{args.output}/served", verbose=False)

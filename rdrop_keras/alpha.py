@@ -1,4 +1,8 @@
-"""What α is at each step: fixed, on a schedule, or moved by a budget for the consistency loss."""
+"""What α is at each step: fixed, on a schedule, or moved by a budget for the consistency loss.
+
+Comes in: what the user gave as `alpha`, later the consistency loss of each step. Goes out: α of the current step.
+Called by: `RDropModel`, and the objective in each step.
+"""
 
 import warnings
 
@@ -12,7 +16,7 @@ from rdrop_keras.keras_gaps.arguments import check_number, is_number
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
 class KLBudget:
-    """α as a multiplier that settles the consistency loss at a target, so that it need not be searched.
+    """α as a multiplier that brings the consistency loss to a target, so that you need not search for α.
 
     The paper derives R-Drop from a constrained problem (Eq. 5-6): the smallest loss of the sub-models under a bound on
     the divergence between them. With C = 1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), the consistency loss, and a bound ε,
@@ -24,16 +28,16 @@ class KLBudget:
 
         α ← min(max(α + step · (C/ε − 1), 0), maximum).
 
-    Where α comes to rest, the average of C is ε; where C stays below ε without R-Drop, α is 0. Under `tf.distribute`
-    replicas move α by the mean of their C.
+    Where α settles, the average of C is ε. If C stays below ε without R-Drop, α is 0. Under `tf.distribute` α moves by
+    the mean of C over replicas.
 
     Args:
         target: ε > 0, in units of the logged `consistency_loss`.
-        step: By how much α grows in a step in which C is twice the target. Smaller is smoother and slower.
+        step: How much α grows in a step in which C is twice the target. Smaller is smoother and slower.
             Defaults to 0.1.
         initial: α at the start, from 0 to `maximum`. Defaults to 1.
-        maximum: What α does not exceed, so that a target out of reach does not make it grow without end; `fit` warns
-            once if it ends with α there. Defaults to 100.
+        maximum: The largest α, which keeps α from growing without end if the target is out of reach. `fit` warns once
+            if it ends there. Defaults to 100.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -66,12 +70,12 @@ class KLBudget:
         self.maximum = float(maximum)
 
     def get_config(self):
-        """Returns the arguments it was made with."""
+        """Returns the constructor's arguments."""
         return {"target": self.target, "step": self.step, "initial": self.initial, "maximum": self.maximum}
 
     @classmethod
     def from_config(cls, config):
-        """Makes one of what `get_config` returned."""
+        """Makes a `KLBudget` from what `get_config` returned."""
         return cls(**config)
 
     def __repr__(self):
@@ -79,19 +83,19 @@ class KLBudget:
 
 
 def make(alpha, model):
-    """What gives `model`, an `RDropModel`, its α at each step."""
+    """The object that gives `model`, an `RDropModel`, its α at each step."""
     if isinstance(alpha, KLBudget):
         return Budgeted(alpha, model)
     return Scheduled(alpha, model) if callable(alpha) else Fixed(alpha, model)
 
 
 class _Alpha:
-    """What gives a model its α at each step.
+    """Gives a model its α at each step.
 
     Attributes:
         given: What the user gave: a number, a function of the step or a `KLBudget`.
         moves: Whether α changes by itself from step to step.
-        variables: `{name: variable}` of what is saved with the model.
+        variables: `{name: variable}`, saved with the model.
     """
 
     moves = True
@@ -101,17 +105,17 @@ class _Alpha:
         self.variables = {}
 
     def current(self):
-        """α at the step under way, a scalar."""
+        """α at the current step, a scalar."""
         raise NotImplementedError
 
     def observe(self, consistency, weight):
-        """Takes note of a step's consistency loss; `weight` returns the sum of the weights of what it is a mean of."""
+        """Receives a step's consistency loss. `weight` returns the sum of the weights over which it is a mean."""
 
     def end_step(self):
-        """Takes note that a step of training has been made."""
+        """Counts a step of training."""
 
     def end_fit(self):
-        """Warns, once, of what `fit` has shown to be wrong with α."""
+        """Warns once if `fit` has shown that something is wrong with α."""
 
     def assign(self, alpha):
         """Makes `alpha` the α of the steps to come."""
@@ -121,7 +125,7 @@ class _Alpha:
         )
 
     def write(self):
-        """Puts into the variables what was assigned to them while Keras had their values in a program."""
+        """Writes to the variables what was assigned while Keras held their values in a program."""
 
     def save(self, store):
         for name, variable in self.variables.items():
@@ -135,10 +139,10 @@ class _Alpha:
 
 
 class Fixed(_Alpha):
-    """The α of a number. It is a variable, so that another can be assigned without a new program.
+    """A fixed α. It is a variable, so that another number can be assigned without a new program.
 
-    A number that was assigned is saved with the model's weights, as a learning rate is; the one that the model was
-    made with is not, so that weights can be loaded into a model with an α of its own.
+    A number that was assigned is saved with the model's weights, as a learning rate is. The number that the model was
+    made with is not, so that weights can be loaded into a model with another α.
     """
 
     moves = False
@@ -182,7 +186,7 @@ class Fixed(_Alpha):
 
 
 class Scheduled(_Alpha):
-    """The α of a function of the training step.
+    """α as a function of the training step.
 
     Args:
         schedule: A `LearningRateSchedule` or another callable, from a step, a scalar integer tensor, to a scalar.
@@ -227,7 +231,7 @@ class Scheduled(_Alpha):
         return alpha
 
     def _check_symbolic(self):
-        if keras.backend.backend() == "torch":  # Runs it as Python, in each step anew.
+        if keras.backend.backend() == "torch":  # It runs the function as Python in each step.
             return
         try:
             _keras.compute_output_spec(self._at, keras.KerasTensor((), dtype="int32"))
@@ -241,7 +245,7 @@ class Scheduled(_Alpha):
 
 
 class Budgeted(_Alpha):
-    """The α of a `KLBudget`, kept among the variables of `model`."""
+    """The α of a `KLBudget`, kept as a variable of `model`."""
 
     def __init__(self, budget, model):
         super().__init__(budget)
@@ -250,14 +254,14 @@ class Budgeted(_Alpha):
         self.variables = {"alpha": self.alpha}
 
     def current(self):
-        # Clipped when read: clipped when written, the mean over replicas would not be that of one device.
+        # Clipped when read. If each replica clipped what it writes, their mean would differ from that of one device.
         return ops.clip(ops.convert_to_tensor(self.alpha), 0.0, self.given.maximum)
 
     def observe(self, consistency, weight):
         excess = ops.cast(consistency, "float32") / self.given.target - 1.0
         alpha = self.current()
         moved = alpha + self.given.step * excess
-        # A step whose loss is not finite, as loss scaling meets them, says nothing of α; nor does one without weights.
+        # Steps without weights tell nothing about α. Neither do those whose loss is not finite.
         says_something = ops.logical_and(ops.isfinite(excess), replicas.total(weight()) > 0)
         self.alpha.assign(ops.where(says_something, moved, alpha))
 
@@ -272,7 +276,7 @@ class Budgeted(_Alpha):
 
 
 def check_alpha(alpha):
-    """Raises if `alpha` is nothing that an `RDropModel` takes for α."""
+    """Raises if `alpha` is nothing that an `RDropModel` accepts."""
     choices = "a number ≥ 0, a LearningRateSchedule, a KLBudget or a function"
     if isinstance(alpha, type):
         raise TypeError(
@@ -292,12 +296,12 @@ _NEW_MODEL = (
 
 
 def is_moving(alpha):
-    """Whether `alpha` is a function of the step or a `KLBudget`, and no number."""
+    """Whether `alpha` is a function of the step or a `KLBudget`, not a number."""
     return callable(alpha) or isinstance(alpha, KLBudget)
 
 
 def add_scalar(model, name, value, aggregation="only_first_replica"):
-    """Adds a variable of `model` that is no weight: a number of type int or float."""
+    """Adds a scalar variable to `model`, int or float like `value`, that is not one of its weights."""
     return model.add_weight(
         name=name,
         shape=(),

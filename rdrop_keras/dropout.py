@@ -1,4 +1,8 @@
-"""The same model with dropout, for the many pretrained models that come with none."""
+"""The same model with dropout, for the many pretrained models that come without.
+
+Comes in: a model and a rate. Goes out: a new model of the same class and weights, with dropout at that rate. Called by:
+users, before they wrap a model.
+"""
 
 import keras
 
@@ -17,17 +21,18 @@ def with_dropout(model, rate):
 
     Where the rate goes depends on the kind of model:
 
-    - In a KerasHub task or backbone, and any model whose class has a configuration of its own, all dropout rates of the
-      configuration are set to `rate`, those above 0 too, and those of nested models.
-    - In a Functional or Sequential model, dropout layers at rate 0 get `rate`, and so do layers with an argument such
-      as `dropout` that is 0: attention, recurrent and KerasHub's layers. Rates above 0 are kept: if all are, the new
-      model is a plain copy.
+    - In a KerasHub task or backbone, and in any model whose class has its own configuration, all dropout rates of the
+      configuration are set to `rate`, including those above 0 and those of nested models.
+    - In a Functional or Sequential model, dropout layers at rate 0 get `rate`. So do attention, recurrent and
+      KerasHub's layers with an argument such as `dropout` that is 0. Rates above 0 are kept. If all are above 0, the
+      new model is a plain copy.
 
-    Recurrent dropout is left as it is. So is stochastic depth, unless the model has a place for nothing else.
+    Recurrent dropout is left as it is. So is stochastic depth, unless the model has a place for no other dropout.
 
-    Predictions are those of `model`, which is left as it was. Frozen layers stay frozen, LoRA and the types of numbers
-    are kept. A KerasHub task keeps its preprocessor, the same object, and its sampler. The new model is not compiled,
-    but a KerasHub task is with its defaults, as any new one. It is made under the `tf.distribute` strategy of `model`.
+    The new model predicts what `model` predicts, and `model` itself does not change. Frozen layers stay frozen; LoRA
+    and dtype policies are kept. A KerasHub task keeps its sampler and its preprocessor, which is the same object. The
+    new model is not compiled, except that a KerasHub task compiles itself with its defaults. It is made under the
+    `tf.distribute` strategy of `model`.
 
     Args:
         model: A built `keras.Model`.
@@ -38,9 +43,9 @@ def with_dropout(model, rate):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `rate` is not > 0 and < 1; if `model` is an `RDropModel`, whose `.model` is meant, or holds one;
-            if it is not built; if it has no place for dropout; if it cannot be made anew from its configuration, such
-            as a subclassed model whose constructor does not take the rate.
+        ValueError: If `rate` is not > 0 and < 1; if `model` is or holds an `RDropModel`; if it is not built; if it has
+            no place for dropout; if it cannot be made anew from its configuration, such as a subclassed model whose
+            constructor does not take the rate.
 
     Example:
 
@@ -69,7 +74,7 @@ def with_dropout(model, rate):
         is_model = isinstance(layer, keras.Model)
 
         def new_rate(of, old):
-            # Someone gave each layer of a graph its rate, whereas a model's configuration is often as it was published.
+            # In a graph of layers the user chose each rate. A model's configuration is often as it was published.
             return float(rate) if of == kind and (is_model or old == 0) else old
 
         return rates.with_rates(rates.configuration(layer), new_rate, type(layer).__name__)
@@ -79,7 +84,7 @@ def with_dropout(model, rate):
         if not new.built:
             new.build_from_config(model.get_build_config())
         copied_state.copy_state(model, new)
-    if hasattr(model, "sampler"):  # How a task of KerasHub generates.
+    if hasattr(model, "sampler"):  # By which a KerasHub task generates.
         new.sampler = model.sampler
     active, _, opaque = randomness.classify(new)
     if not active and not opaque:

@@ -1,6 +1,9 @@
-"""What R-Drop is meant to shrink, measured: how far sub-models are from the full model and from each other.
+"""Measures what R-Drop is meant to shrink: how far sub-models are from the full model and from each other.
 
-A sub-model is the model with one draw of its dropout; the full model has dropout off.
+A sub-model is the model with one draw of its dropout. The full model has dropout off.
+
+Comes in: a compiled model and data. Goes out: losses, divergences and agreement, with standard errors. Called by:
+users, directly or through the callback.
 """
 
 import contextlib
@@ -32,11 +35,11 @@ class Inconsistency:
     Attributes:
         passes: How many sub-models were drawn.
         full_model_loss: The compiled loss with dropout off, a float.
-        submodel_loss: The mean compiled loss of a sub-model, an `Estimate` as all that follow.
+        submodel_loss: The mean compiled loss of a sub-model, an `Estimate` like all that follow.
         gap: |sub-model loss − full-model loss|, which Proposition 2.1 of the paper bounds by the divergence.
-        divergence: The mean divergence between two sub-models, as R-Drop's consistency loss without α.
-        agreement: The fraction of decisions (the likeliest class; for sigmoid outputs yes or no) that two sub-models
-            have in common; NaN of a regression.
+        divergence: The mean divergence between two sub-models: R-Drop's consistency loss.
+        agreement: The fraction of decisions that two sub-models have in common. A decision is the most likely class, or
+            yes or no for a sigmoid output. NaN for a regression.
         agreement_with_full: The fraction that a sub-model and the full model have in common.
     """
 
@@ -67,20 +70,20 @@ class Inconsistency:
 def inconsistency(model, x=None, y=None, sample_weight=None, passes=8, batch_size=None):
     """Measures what R-Drop is meant to shrink: the gap between training and inference that dropout makes.
 
-    `passes` sub-models are drawn anew for each batch. Losses and divergences are weighted, masked and reduced as the
-    compiled loss; batch normalization is in inference, so that dropout is all that makes the difference. The model is
-    left as it was: its statistics, its metrics, and the state of its random generators.
+    For each batch `passes` new sub-models are drawn. Losses and divergences are weighted, masked and reduced like the
+    compiled loss. Batch normalization runs in inference mode, so that sub-models differ by dropout alone. The model is
+    left as it was, including its statistics, its metrics and the state of its random generators.
 
     Args:
         model: A compiled `RDropModel`, or any compiled `keras.Model` whose loss tells its divergence.
         x: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task its raw inputs.
         y: Targets, as for `Model.evaluate`.
         sample_weight: Weights of rows, as for `Model.evaluate`.
-        passes: How many sub-models, at least 2. Each is a row block of one forward pass, so memory grows with it.
+        passes: The number of sub-models, at least 2. All run in one forward pass, so memory grows with it.
         batch_size: Rows of a batch, as for `Model.evaluate`.
 
     Returns:
-        An `Inconsistency`, each of whose estimates has its standard error over the sub-models.
+        An `Inconsistency`. Each of its estimates has a standard error over the sub-models.
 
     Raises:
         TypeError: If `model` is no `keras.Model` or `passes` no integer.
@@ -102,12 +105,12 @@ def inconsistency(model, x=None, y=None, sample_weight=None, passes=8, batch_siz
 class InconsistencyMonitor(keras.callbacks.Callback):
     """Adds `inconsistency` on given data to the logs of epochs: `gap`, `submodel_loss`, `divergence` and `agreement`.
 
-    What other callbacks and `History` then find there; place it before them.
+    Other callbacks and `History` find them there, if they come after it.
 
     Args:
-        x, y, sample_weight, passes, batch_size: As for `inconsistency`. Data that can be read once only will not do.
-        every: Measures at the end of every so many epochs, the first of them at the end of the `every`-th; epochs
-            between repeat the last values, and those before the first have NaN. Defaults to 1.
+        x, y, sample_weight, passes, batch_size: As for `inconsistency`. The data must be readable more than once.
+        every: Measures at the end of every `every`-th epoch. The epochs between repeat the last values, and those
+            before the first have NaN. Defaults to 1.
 
     Raises:
         TypeError: If `passes` or `every` is no integer.
@@ -143,7 +146,7 @@ class InconsistencyMonitor(keras.callbacks.Callback):
 
 
 class _Measurement:
-    """Measures one model any number of times with one program."""
+    """Measures one model any number of times with one compiled program."""
 
     def __init__(self, model, passes):
         wrapped = unwrapped(model)
@@ -191,7 +194,7 @@ class _Measurement:
 
 
 class _Probe(keras.Model):
-    """Evaluates the full model and sub-models of `model`, and sums up what `Inconsistency` needs."""
+    """Evaluates the full model and sub-models of `model`, and averages what `Inconsistency` needs."""
 
     def __init__(self, model, loss, passes):
         super().__init__(name="inconsistency", dtype=model.dtype_policy, autocast=False)
@@ -235,7 +238,7 @@ class _Probe(keras.Model):
         return {"loss": self._vector.result()}
 
     def sums(self):
-        """The loss of the full model; of each sub-model; divergence and agreement of each pair; agreement with full."""
+        """Full-model loss; sub-models' losses; divergences and agreements of pairs; agreements with the full model."""
         values = ops.convert_to_numpy(self._vector.means()).astype("float64")
         num_pairs = len(self._pairs)
         return np.split(values, np.cumsum([1, self._passes, num_pairs, num_pairs]))
@@ -280,7 +283,7 @@ def _over_passes(values):
 
 
 def _over_pairs(values, passes):
-    """The mean over pairs of passes, with its jackknife standard error: pairs that share a pass are not independent."""
+    """The mean over pairs of passes. Pairs that share a pass are not independent, so its error is the jackknife's."""
     matrix = np.zeros((passes, passes))
     matrix[np.triu_indices(passes, 1)] = values
     per_pass = (matrix + matrix.T).sum(axis=1)

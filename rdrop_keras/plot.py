@@ -1,6 +1,7 @@
 """Pictures of runs side by side: losses, metrics and consistency over steps and over seconds.
 
-Needs matplotlib, the extra `plot`. Figures are made without pyplot, so no display and no state are involved.
+Comes in: histories of `fit`. Goes out: a matplotlib figure. Called by: users. It needs the extra `plot`, and works
+without pyplot, so that no display and no global state are involved.
 """
 
 import math
@@ -9,16 +10,18 @@ import time
 import keras
 import numpy as np
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; runs also differ in their markers.
+# Okabe and Ito's colours, which the colour-blind can tell apart. Runs also differ in their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vPX*"
 _PANEL_SIZE = (4.2, 2.8)  # Inches.
-_LOG_FROM = 8.0  # A panel whose curves span more than this factor has a logarithmic axis: their ends are what counts.
+_LOG_FROM = (
+    8.0  # Panels that span more than this factor get a logarithmic axis, so that the ends of curves stay legible.
+)
 _NOT_METRICS = ("alpha", "consistency_loss", "loss", "seconds", "task_loss")
 
 
 class Clock(keras.callbacks.Callback):
-    """Adds `seconds` to the logs of each epoch: the time since training began, so that `compare` can draw over it."""
+    """Adds `seconds`, the time since training began, to the logs of each epoch. `compare` draws curves over it."""
 
     def on_train_begin(self, logs=None):
         self._start = time.perf_counter()
@@ -30,15 +33,15 @@ class Clock(keras.callbacks.Callback):
 def compare(histories, path=None):
     """Draws runs next to each other, as the paper's Figure 2 does.
 
-    One row of panels each for the losses (training dashed, validation solid), every validation metric and the
-    consistency loss; one column over training steps and, if every run has `seconds` (the callback `Clock`), one over
-    these. What the runs do not have is left out. The training loss is `task_loss` where there is one, which compares
-    with the loss of plain training. Curves that span more than a factor of 8 are drawn over a logarithmic axis.
+    There is a row of panels for the losses (training dashed, validation solid), for each validation metric and for the
+    consistency loss. There is a column over training steps and, if every run has `seconds` from the callback `Clock`,
+    one over seconds. What the runs do not have is left out. The training loss is `task_loss` if a run has it, which is
+    comparable with the loss of plain training. Panels that span more than a factor of 8 get a logarithmic axis.
 
     Args:
-        histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these, one for each
-            seed, drawn as their mean with a band of one standard deviation.
-        path: Where to save the picture; its ending chooses the format. By default it is not saved.
+        histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these with one for each
+            seed, which is drawn as a mean with a band of one standard deviation.
+        path: Where to save the picture. The ending chooses the format. By default it is not saved.
 
     Returns:
         The `matplotlib.figure.Figure`.

@@ -9,11 +9,10 @@ import sys
 import measure
 
 WORKER = pathlib.Path(__file__).parent / "worker.py"
-PROGRAMS = WORKER.parents[1] / "benchmarks"
 
 
 class Cluster:
-    """Processes of `worker.py`, one for each worker, as a context that leaves none behind.
+    """Processes of `worker.py`, one for each worker. The context manager leaves none behind.
 
     Args:
         backend: `"tensorflow"`, whose workers find each other by `TF_CONFIG`, or `"jax"`.
@@ -32,7 +31,6 @@ class Cluster:
             (folder / f"{i}.json").unlink(missing_ok=True)
             environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
             environment |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROGRAMS), os.environ.get("PYTHONPATH")]))
             if backend == "jax":
                 environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.get('replicas', 1)}"
             if backend == "tensorflow":
@@ -57,7 +55,7 @@ class Cluster:
         return (self.folder / f"{i}.log").read_text(errors="replace")
 
     def results(self, timeout=240):
-        """What each worker returned, when all have."""
+        """Waits for all workers. Returns what each returned."""
         for i, process in enumerate(self.processes):
             code = process.wait(timeout)
             assert code == 0, f"worker {i} ended with {code}:\n{self.log(i)[-6000:]}"

@@ -6,7 +6,6 @@ not installed. A test of another backend is skipped. Any other skip fails the ru
 
 import ast
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import sys
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
-    # The tests spend most of their time in the compiler: machine code that is not optimized halves it.
+    # The tests spend most of their time in the compiler. Without optimization it takes half as long.
     flags = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
@@ -23,15 +22,14 @@ import keras
 import pytest
 
 BACKEND = keras.backend.backend()
-PROGRAMS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(PROGRAMS))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))  # `cluster` imports `measure`.
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-    # Small graphs that run a few times are not worth optimizing, which takes a third of the time.
+    # Optimizing takes a third of the time, and is not worth it for small graphs that run a few times.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -88,7 +86,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """A package that is missing is an error that says how to go on."""
+    """Reports a missing package as an error that says what to do."""
     report = yield
     advice = "Install the extra `test`: python -m pip install '.[test]'. Or leave such tests out: --without"
     if report.failed and (missing := re.search(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr))):
@@ -166,25 +164,6 @@ def pytest_terminal_summary(terminalreporter, config):
         files = counted(len(set(left_out["files"])), "whole file")
         parts.append(f"{counted(left_out['tests'], 'test')} and {files} for want of {names} (--without)")
     terminalreporter.write_line(f"Left out: {', '.join(parts) or 'nothing'}")
-
-
-@pytest.fixture
-def run_example(tmp_path, monkeypatch):
-    """Runs `main()` of a program with flags, as on a command line. Returns what `--results` says of the runs."""
-
-    def run(module, *flags):
-        results = tmp_path / "results.json"
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags), "--results", str(results)])
-        try:
-            module.main()
-        finally:
-            keras.config.set_dtype_policy("float32")
-            if BACKEND == "jax":
-                keras.distribution.set_distribution(None)
-        return json.loads(results.read_text(encoding="utf-8"))["runs"]
-
-    return run
 
 
 @pytest.fixture(autouse=True)

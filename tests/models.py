@@ -1,4 +1,4 @@
-"""Models whose passes a test chooses, so that oracles know them."""
+"""Models whose outputs in each pass are chosen by the test, so that an oracle can compute with them."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("tests")
 class Passes(keras.layers.Layer):
-    """Returns its weights: in training the outputs of each pass, `(m, N, …)` laid one after another; else the first.
+    """Returns its weights, `(m, N, …)`: in training those of all passes one after another, else those of the first.
 
     A gradient step on it shows the gradient of the objective with respect to every output of every pass.
     """
@@ -32,7 +32,7 @@ class Passes(keras.layers.Layer):
 
 
 def gradients_of_step(model, *args, **kwargs):
-    """`(logs, gradients)` of one training step, read off a step of gradient descent."""
+    """`(logs, gradients)` of one training step. The gradients are computed back from the change of the weights."""
     rate = 1e4  # Large, so that float32 keeps the digits of the gradient in the difference.
     model.optimizer.learning_rate = rate
     before = [to_numpy(v) for v in model.trainable_variables]
@@ -42,7 +42,7 @@ def gradients_of_step(model, *args, **kwargs):
 
 
 def logs_of_step(model, x, y):
-    """The logs of one training step alone; Keras 3.14 goes on averaging in `train_on_batch`."""
+    """The logs of one training step alone. Keras 3.14 averages over calls of `train_on_batch`."""
     model.reset_metrics()
     return model.train_on_batch(x, y, return_dict=True)
 

@@ -35,7 +35,7 @@ def kl_of_probabilities(p, q, axis=-1):
 
 
 def bernoulli_kl(a, b, axis=-1):
-    """KL of Bernoulli variables of logits a and b, averaged over `axis`."""
+    """KL of Bernoulli variables with logits a and b, averaged over `axis`."""
     p = sigmoid(a)
     return (p * (softplus(-b) - softplus(-a)) + (1 - p) * (softplus(b) - softplus(a))).mean(axis=axis)
 

@@ -1,3 +1,5 @@
+"""α on a schedule, by a budget, and assigned; saved and loaded."""
+
 import json
 
 import keras
@@ -42,11 +44,13 @@ def test_schedule(name):
     history = fit(model)
     np.testing.assert_allclose(history["alpha"], [np.mean([0, 0.5, 1, 1.5, 2, 2.5]), 4.25], rtol=1e-6)
     assert "alpha" not in model.evaluate(X, Y, verbose=0, return_dict=True)
-    np.testing.assert_allclose(fit(model, 1)["alpha"], [7.25], rtol=1e-6)  # The step goes on in the next `fit`.
+    np.testing.assert_allclose(
+        fit(model, 1)["alpha"], [7.25], rtol=1e-6
+    )  # The next `fit` continues the count of steps.
 
 
 def test_schedule_weighs_the_consistency():
-    """A constant schedule is the number; a moving one gives each step the loss of its own α."""
+    """A constant schedule equals the number. With a moving one, each step has the loss of its own α."""
     constant = fit(compiled(lambda step: 2.0))
     fixed = fit(compiled(2.0))
     for name in fixed:
@@ -124,7 +128,7 @@ def real_model(budget):
 
 
 @pytest.mark.slow
-@pytest.mark.backends("jax", "tensorflow")  # 800 steps take PyTorch a minute.
+@pytest.mark.backends("jax", "tensorflow")  # 800 steps take a minute on PyTorch.
 @pytest.mark.parametrize("initial", [0.0, 10.0])
 @pytest.mark.parametrize("target", [0.02, 0.05, 0.1])
 def test_consistency_settles_at_the_target(target, initial):
@@ -170,7 +174,7 @@ def weight_of_consistency(logs):
 
 
 class WarmUp(keras.callbacks.Callback):
-    """Raises α by 1 with each epoch, from 1 in the first."""
+    """Raises α by 1 in each epoch, from 1 in the first."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model.alpha = 1.0 + epoch
@@ -181,13 +185,13 @@ def test_alpha_is_assigned_by_a_callback(tmp_path):
     history = fit(model, 3, callbacks=[WarmUp()])
     np.testing.assert_allclose(weight_of_consistency(history), [1, 2, 3], rtol=1e-3)
     assert "alpha" not in history
-    # It stays, is saved with the model, and trains there and here alike.
+    # The assigned α stays, is saved with the model, and trains alike in both models.
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert model.alpha == again.alpha == model.get_config()["alpha"] == 3.0
     for trained in (model, again):
         np.testing.assert_allclose(weight_of_consistency(fit(trained, 1)), [3], rtol=1e-3)
-    # Weights bring an α along if one was assigned, and leave alone that of the model if not.
+    # A file of weights holds α if it was assigned. If not, the model that loads it keeps its own.
     model.save_weights(tmp_path / "assigned.weights.h5")
     compiled(5.0).save_weights(tmp_path / "plain.weights.h5")
     again = compiled(7.0)
@@ -241,7 +245,7 @@ def test_alpha_is_assigned_under_mirrored_strategy(devices):
 
 
 def test_weights_are_those_of_the_wrapped_model():
-    """α and its step are no weights: callbacks that restore weights leave them alone."""
+    """α and its step are not weights, so callbacks that restore weights leave them alone."""
     for alpha in (1.0, ramp, KLBudget(0.1)):
         model = compiled(alpha)
         assert [id(w) for w in model.weights] == [id(w) for w in model.model.weights]
@@ -294,7 +298,7 @@ def test_functions_that_cannot_be_compiled(function):
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_schedule_that_turns_bad(bad):
-    """Where α is no number ≥ 0 it is taken for 0, and `fit` says so once."""
+    """Where α is not a number ≥ 0 it counts as 0, and `fit` warns once."""
     model = compiled(lambda step: ops.where(step < 2, 3.0, bad))
     with pytest.warns(UserWarning, match=r"`alpha` must be a finite number ≥ 0 at every step, and was not at 4 of"):
         history = fit(model, 1)
@@ -304,7 +308,7 @@ def test_schedule_that_turns_bad(bad):
 
 
 def test_compiling_again_keeps_alpha_where_it_is():
-    """α's step counts the steps that the RDropModel has made, and a budget keeps what it has found."""
+    """The step of α counts the steps of the RDropModel, and a budget keeps the α that it has found."""
     for alpha in (ramp, KLBudget(0.02, step=0.5), 2.0):
         model = compiled(alpha)
         if alpha == 2.0:

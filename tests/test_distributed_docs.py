@@ -26,7 +26,7 @@ COMMANDS = [block for block in blocks("bash") if f"KERAS_BACKEND={BACKEND}" in b
 def test_commands(command, tmp_path):
     for code in blocks("python"):
         (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code, encoding="utf-8")
-    # The Python that runs the tests, also from an environment that is not active.
+    # The same Python that runs the tests, even if its environment is not activated.
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)

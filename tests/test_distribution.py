@@ -1,4 +1,4 @@
-"""n replicas give the numbers of one; on logical devices of one CPU."""
+"""n replicas give the numbers of one. The replicas are logical devices of one CPU."""
 
 import contextlib
 import functools
@@ -15,17 +15,17 @@ from rdrop_keras import KLBudget, RDropModel
 from rdrop_keras.keras_gaps import random_state, step
 from rdrop_keras.passes import tiling
 
-# The last of the batches of 8 has 5 rows: 3 and 2 on two replicas; 2, 2, 1 and none on four.
+# The last batch has 5 rows in place of 8: 3 and 2 on two replicas; 2, 2, 1 and none on four.
 X = np.random.RandomState(0).normal(size=(21, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)
 W = np.random.RandomState(1).uniform(0, 2, size=21).astype("float32")
-# Of the 6 tokens of each row 4 are not padding, so that Keras's mean over the tokens of a replica is one over rows.
+# In each row 4 of 6 tokens are not padding, so that Keras's mean over a replica's tokens weights rows alike.
 TOKENS = np.random.RandomState(2).randint(1, 9, size=(21, 6))
 TOKENS[np.arange(21)[:, None], np.random.RandomState(3).rand(21, 6).argsort()[:, :2]] = 0
 
 
 class NoiseOfTheRow(layers.Layer):
-    """Scales rows by what depends on the row and on its pass alone, however the batch is dealt to replicas."""
+    """Scales rows by a factor that depends on the row and its pass alone, however replicas split the batch."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -96,7 +96,7 @@ def assert_same(first, second):
 def mirrored(replicas):
     import tensorflow as tf
 
-    # Collective operations would keep the first group size for the whole process.
+    # Collective operations would keep the number of the first replicas for the whole process.
     reduction = tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)], cross_device_ops=reduction)
 
@@ -115,8 +115,8 @@ def test_mirrored_strategy(replicas, reduction, weighted):
     history, weights = steps(distributed, weighted)
     expected, expected_weights = steps(model(reduction), weighted)
     if reduction == "sum":
-        # Keras logs n times the mean of each replica's sum over its rows, plus a regularizer counted n times over (the
-        # same for a plain model): only what it trains on is compared.
+        # As for a plain model, Keras logs n times the mean of the replicas' sums, and counts a regularizer n times. So
+        # only what is trained is compared.
         history, expected = ({"accuracy": logs["accuracy"]} for logs in (history, expected))
     assert_same((history, weights), (expected, expected_weights))
 
@@ -191,13 +191,13 @@ def test_mirrored_kinds_of_data(kind):
 
 
 def dropout_only(seed=3):
-    """Its outputs show its masks: of an input of ones, 0 where dropped and 2 where kept."""
+    """Its outputs show its masks: on an input of ones they are 0 where dropped and 2 where kept."""
     x = keras.Input((50,))
     return keras.Model(x, layers.Dropout(0.5, seed=seed)(layers.Dense(50, kernel_initializer="identity")(x)))
 
 
 class Recording(losses.Loss):
-    """Mean squared error; keeps the outputs of all replicas and steps it was called on."""
+    """Mean squared error that records the outputs of all replicas and steps."""
 
     def __init__(self, seen):
         super().__init__()
@@ -210,7 +210,7 @@ class Recording(losses.Loss):
             self.seen.append((int(replica), outputs))
 
         context = tf.distribute.get_replica_context()
-        if context is not None:  # Keras's symbolic build is in none.
+        if context is not None:  # There is none in Keras's symbolic build.
             tf.numpy_function(keep, [context.replica_id_in_sync_group, y_pred], [])
         return ops.mean((y_true - y_pred) ** 2, axis=-1)
 
@@ -226,7 +226,7 @@ def test_mirrored_replicas_draw_masks_of_their_own():
     seen.sort(key=lambda replica_and_outputs: replica_and_outputs[0])
     masks = np.concatenate([outputs for _, outputs in seen])
     assert len(seen) == 4 * 4 * 2 and {replica for replica, _ in seen} == {0, 1, 2, 3}
-    # 64 rows, no two the same; half of all dropped, 3200 draws of standard deviation 0.009.
+    # 64 rows, no two the same. Half of all 3200 values are dropped, with standard deviation 0.009.
     assert len(np.unique(masks, axis=0)) == len(masks) == 64
     assert np.mean(masks == 0) == pytest.approx(0.5, abs=0.04)
     # Masks of two replicas agree as often as by chance.
@@ -236,7 +236,7 @@ def test_mirrored_replicas_draw_masks_of_their_own():
             assert np.mean(by_replica[i] == by_replica[j]) == pytest.approx(0.5, abs=0.06)
     # E (2b − 2b')² = 2 for independent fair b and b'.
     assert np.mean(history["consistency_loss"]) == pytest.approx(2.0, abs=0.15)
-    # After a step the generators are those of one device: as many draws, and the seed of the layer.
+    # After a step the generators are as on one device: the same number of draws and the seed of the layer.
     (state,) = random_state.states(distributed.model)
     assert [list(map(int, part.numpy())) for part in state.value.values] == [[3, 4]] * 4
 
@@ -258,7 +258,7 @@ def test_mirrored_dropout_and_batch_normalization(mode):
 
 
 class NormalizedDropout(layers.Layer):
-    """Dropout before and after a normalization for which replicas wait for each other."""
+    """Dropout before and after a normalization in which replicas wait for each other."""
 
     def __init__(self, synchronized, **kwargs):
         super().__init__(**kwargs)
@@ -277,7 +277,7 @@ class NormalizedDropout(layers.Layer):
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_dropout_rates_where_replicas_wait(replicas, synchronized):
-    """A replica that waits in the middle of a layer would go on at the rate of another's pass: that is refused."""
+    """A replica that waits inside a layer would continue at the rate of another's pass, so that is refused."""
     with mirrored(replicas).scope():
         x = keras.Input((4,))
         inner = keras.Model(x, layers.Dense(3)(NormalizedDropout(synchronized, name="block")(x)))
@@ -317,7 +317,7 @@ def data_parallel(devices):
 
 
 def whole_batches(model):
-    """Steps on batches of 8 only: Keras's JAX trainer shards no others."""
+    """Steps on batches of 8 only. Keras's JAX trainer cannot shard others."""
     return steps(model, True, X[:16], Y[:16])
 
 
@@ -342,7 +342,7 @@ def test_data_parallel_options(options):
 
 @pytest.mark.backends("jax")
 def test_data_parallel_masks():
-    """One program over the whole batch: its mean over tokens is that of one device, however they are dealt."""
+    """There is one program over the whole batch, so its mean over tokens is that of one device."""
     tokens = TOKENS[:16].copy()
     tokens[3:6, 1:] = 0
     expected = steps(masked_model(), x=tokens, y=tokens)
@@ -380,7 +380,7 @@ def test_model_parallel(shape, options):
 
 
 class Asked(keras.distribution.LayoutMap):
-    """Keeps what it was asked for."""
+    """Records the paths that it was asked for."""
 
     def __init__(self, mesh):
         super().__init__(mesh)
@@ -408,10 +408,10 @@ def test_layouts_of_outputs_apply_to_the_paired_graph():
             wrapped.fit(X[:8], Y[:8], batch_size=8, verbose=0)
             layouts.paths.clear()
             wrapped.make_train_function(force=True)
-            wrapped.fit(X[:8], Y[:8], batch_size=8, verbose=0)  # Traces the step alone: all else is built.
+            wrapped.fit(X[:8], Y[:8], batch_size=8, verbose=0)  # Traces only the step, since all else is built.
         asked[alpha] = {path for path in layouts.paths if path.endswith("/output")} - {f"{wrapped.name}/output"}
     assert {"first/output", "drop/output", "hidden/output", "next/output", "head/output"} <= asked[0.0]
-    # The passes go through a nested Functional model layer by layer: its output is that of its last.
+    # The passes go through a nested Functional model layer by layer. Its output is that of its last layer.
     assert asked[0.0] - asked[1.0] == {"inner/output"} and asked[1.0] <= asked[0.0]
 
 
@@ -455,8 +455,8 @@ def test_data_parallel_adds_no_communication(options):
     with data_parallel(4):
         plain = collectives(compiled(attention(), alpha=0.0), x, y)
         paired = collectives(compiled(attention(), **options), x, y)
-    assert plain["all-reduce"] > 4 * attention().count_params()  # Gradients, and logs.
-    # Plain training's, and the float32 scalars that make up `task_loss` and `consistency_loss`, at most two for a pass.
+    assert plain["all-reduce"] > 4 * attention().count_params()  # Gradients and logs.
+    # Beyond plain training, only the float32 scalars in `task_loss` and `consistency_loss`, at most two for each pass.
     scalars = paired.pop("all-reduce") - plain.pop("all-reduce")
     assert paired == plain == {}
     assert 8 <= scalars <= 2 * 4 * options.get("num_passes", 2)

@@ -25,7 +25,7 @@ def call(divergence, outputs):
     if keras.backend.backend() == "jax":
         import jax
 
-        return np.asarray(jax.jit(divergence.__call__)(outputs))  # One compilation instead of one an operation.
+        return np.asarray(jax.jit(divergence.__call__)(outputs))  # Compiled once, not once for each operation.
     return ops.convert_to_numpy(divergence(ops.convert_to_tensor(outputs)))
 
 
@@ -143,8 +143,8 @@ def test_saturated_logits(name, logits, exact, dtype):
 
 
 def test_saturated_alike():
-    # Both certain of the first class: e^−38 − e^−40 for each of the two others, which float32 can only see apart
-    # from the 1 they are next to.
+    # Both are certain of the first class. The two others differ by e^−38 − e^−40, which float32 resolves only if they
+    # are never added to the 1.
     logits = np.array([[[40.0, 0, 0]], [[38.0, 0, 0]]], "float32")
     np.testing.assert_allclose(call(Divergence("kl", True), logits), [2 * (np.exp(-38) - np.exp(-40))], rtol=1e-5)
     ones = np.array([[[40.0]], [[38.0]]], "float32")

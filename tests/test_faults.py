@@ -18,7 +18,7 @@ TIMEOUT = 20
 
 
 def assert_same(result, expected):
-    """Of the epochs that both trained, the logs; and all state at the end."""
+    """Compares the logs of the epochs that both trained, and all state at the end."""
     first = result["epochs"][0]
     assert result["epochs"] == expected["epochs"][first:]
     for name, values in expected["history"].items():
@@ -34,7 +34,7 @@ def killed(cluster, index, at_most=120):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """`resume` of so many workers, without a fault."""
+    """Runs the task `resume` with that many workers and without a fault."""
     results = {}
 
     def run(workers):
@@ -65,13 +65,13 @@ def test_killed_and_resumed(fault, first, uninterrupted, tmp_path):
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("victim, kind", [(0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGSTOP")])
 def test_a_worker_that_does_not_come_back(victim, kind, uninterrupted, tmp_path):
-    """The other ends with an error and does not hang; started again, both go on from the chief's backup."""
+    """The other ends with an error and does not hang. Started again, both go on from the chief's backup."""
     fault = {"index": victim, "epoch": 2, "signal": kind}
     with Cluster("tensorflow", 2, "resume", tmp_path, fault=fault, timeout=TIMEOUT) as cluster:
         if kind == "SIGKILL":
             killed(cluster, victim)
         began = time.monotonic()
-        # Heartbeats and the timeout of the collective each take at most that long.
+        # Heartbeats and the timeout of the collective take at most that long each.
         assert cluster.processes[1 - victim].wait(4 * TIMEOUT + 60) not in (0, -signal.SIGKILL)
         assert kind == "SIGSTOP" or time.monotonic() - began < 4 * TIMEOUT
         log = cluster.log(1 - victim)
@@ -87,7 +87,7 @@ def test_a_worker_that_does_not_come_back(victim, kind, uninterrupted, tmp_path)
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 def test_a_worker_that_never_starts(tmp_path):
-    """TensorFlow would wait without end; docs/distributed.md says how not to."""
+    """TensorFlow would wait forever. docs/distributed.md shows how to avoid that."""
     with Cluster("tensorflow", 2, "resume", tmp_path, to_start=5) as cluster:
         cluster.processes[1].kill()
         assert cluster.processes[0].wait(120) == 1
@@ -112,7 +112,7 @@ def compiled():
 
 @pytest.fixture
 def full_disk():
-    """Makes files end at 2 kB, as on a disk that is full; gives a function that makes room again."""
+    """Limits files to 2 kB, as on a full disk. Returns a function that makes room again."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -143,7 +143,7 @@ def test_full_disk(method, name, full_disk, tmp_path):
         save(tmp_path / name)
     room()
     assert caught.value.errno == errno.EFBIG or "errno = 27" in str(caught.value)
-    # The file before is there, and nothing beside it; the model is as it was, and goes on.
+    # The old file is there and nothing else. The model is as it was, and goes on training.
     assert (tmp_path / name).read_bytes() == written
     assert [path.name for path in tmp_path.iterdir()] == [name]
     after = [to_numpy(variable) for variable in (*model.variables, *model.optimizer.variables)]

@@ -1,3 +1,5 @@
+"""The paired graph: it equals tiling the inputs, runs each layer as often as it must, and knows which may be random."""
+
 import contextlib
 import time
 
@@ -43,7 +45,7 @@ def mlp():
 
 
 def cnn():
-    """Batch normalization on both sides of the first dropout, a skip connection over it, dropout in the head."""
+    """Batch normalization before and after the first dropout, a skip connection over it, dropout in the head."""
     inputs = keras.Input((8, 8, 2))
     x = layers.Conv2D(4, 3, padding="same", use_bias=False)(inputs)
     skip = layers.ReLU()(layers.BatchNormalization()(x))
@@ -66,7 +68,7 @@ def nested():
 
 
 def two_inputs_two_outputs():
-    """Layers shared by both inputs; the second output never meets a random layer."""
+    """Layers shared by both inputs. The second output depends on no random layer."""
     a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     shared, dropout = layers.Dense(5, "tanh"), layers.Dropout(0.4)
     left, right = shared(a), shared(b)
@@ -81,7 +83,7 @@ def masked():
     tokens = keras.Input((7,), dtype="int32")
     x = layers.Embedding(10, 6, mask_zero=True)(tokens)
     x = layers.LSTM(6, return_sequences=True)(layers.LayerNormalization()(x))
-    x = layers.Dropout(0.3, seed=1)(x)  # Without a seed PyTorch's masks depend on how its tensors lie in memory.
+    x = layers.Dropout(0.3, seed=1)(x)  # Without a seed, PyTorch's masks depend on the memory layout of tensors.
     x = layers.MultiHeadAttention(2, 3, dropout=0.2, seed=2)(x, x, x)
     x = layers.GRU(6, return_sequences=True)(x)
     pooled = layers.GlobalAveragePooling1D()(x, mask=ops.not_equal(tokens, 0))
@@ -153,13 +155,13 @@ LARGE = [mobilenet, efficientnet, resnet]
 
 
 def cases(*makes, slow=()):
-    """Cases of a parametrization; those of KerasHub need it."""
+    """Parameters of a test. Those with models of KerasHub are marked as needing it."""
     marks = {make: [pytest.mark.needs("keras_hub")] for make in makes if make in (bert, vit, bart, resnet)}
     return [pytest.param(make, marks=marks.get(make, []) + [pytest.mark.slow] * (make in slow)) for make in makes]
 
 
 def wrap(make, share, **kwargs):
-    """`make`'s model, the same at every call, random numbers included."""
+    """The model of `make`, the same at every call, including its random numbers."""
     global RNG
     RNG = np.random.default_rng(1)
     keras.utils.set_random_seed(1)
@@ -174,8 +176,8 @@ def compile_for(model, **kwargs):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Relative to the largest element of each tensor, or to a hundredth of the largest of all: a bias before batch
-    normalization has the gradient 0, but for rounding."""
+    """Compares relative to the largest element of each tensor, or to a hundredth of the largest of all: the gradient of
+    a bias before batch normalization is 0 up to rounding."""
     actual, expected = ([np.asarray(v, "float64") for v in keras.tree.flatten(vs)] for vs in (actual, expected))
     assert len(actual) == len(expected) > 0
     largest = max(np.abs(e).max(initial=0) for e in expected)
@@ -226,7 +228,7 @@ def test_equals_tiling_the_inputs_three_times():
 
 
 def masked_across_models():
-    """A mask made outside a nested model and used in it, by two calls, of which the second comes after dropout."""
+    """A mask from outside is used in a nested model, in two calls. The second comes after dropout."""
     x = keras.Input((7, 6))
     h = layers.Dropout(0.3, seed=1)(layers.LSTM(5, return_sequences=True)(x))
     encoder = keras.Model(x, layers.GRU(4)(h), name="encoder")
@@ -247,13 +249,13 @@ def states():
 
 
 def passthrough():
-    """Outputs that are the input, and that share a layer with none."""
+    """An output that is the input, and outputs that have no layer in common."""
     x = keras.Input((4,))
     return keras.Model(x, [x, layers.Dropout(0.3, seed=1)(x), layers.Dense(3)(x)]), floats(6, 4)
 
 
 def dicts():
-    """A nested model with dictionaries, in another order of keys, and with inputs of another type."""
+    """A nested model that is called with dictionaries in another order of keys, and with another dtype."""
     a, b = keras.Input((4,), name="zz"), keras.Input((3,), name="aa")
     inner = keras.Model({"zz": a, "aa": b}, {"o": layers.Dense(2)(a), "p": layers.Dropout(0.3, seed=1)(b)})
     c, d = keras.Input((4,), dtype="int32"), keras.Input((3,))
@@ -336,7 +338,7 @@ def test_mixed_precision(policy):
 
 @pytest.mark.parametrize("make", cases(cnn, nested, two_inputs_two_outputs, bert))
 def test_how_often_each_layer_runs(make, monkeypatch):
-    """Every layer sees the batch once: as it is before the first randomness, and m times as long after it."""
+    """Every layer is called once, with N rows before the first random layer and with mN rows after it."""
     model, x, _ = wrap(make, "deterministic", num_passes=3)
     rows = len(keras.tree.flatten(x)[0])
     expected = {}
@@ -366,7 +368,7 @@ def test_runs_once_outside_a_paired_step(monkeypatch):
 
 
 def test_share_up_to_a_layer(monkeypatch):
-    """Up to the layer one pass with its dropout; behind it each pass has its own."""
+    """Up to the layer there is one pass, with its dropout. After it each pass has its own dropout."""
     inputs = keras.Input((4,))
     x = layers.Dropout(0.5, name="early", seed=1)(layers.Dense(32, name="first")(inputs))
     backbone = keras.Model(inputs, layers.Dense(32, name="pooled")(x), name="backbone")
@@ -386,7 +388,7 @@ def test_share_up_to_a_layer(monkeypatch):
     seen = batch_sizes(monkeypatch, lambda: outputs_of_passes(wrapper, floats(3, 4)))
     assert [seen[name] for name in ("early", "pooled", "late")] == [[3], [3], [6]]
 
-    # The same rows in both passes up to the layer, which its own dropout shows.
+    # Both passes have the same rows up to the layer, although it comes after a dropout.
     probe = keras.Model(inputs, [backbone(inputs), layers.Dropout(0.5, seed=3)(backbone(inputs))])
     pooled, dropped = outputs_of_passes(rdrop_keras.RDropModel(probe, share="pooled"), floats(3, 4))
     np.testing.assert_array_equal(pooled[:3], pooled[3:])
@@ -409,6 +411,8 @@ def test_share_errors():
         wrapped(None)
     with pytest.raises(ValueError, match=r"Close names: 'early'.*Received: share='earli'"):
         wrapped("earli")
+    with pytest.raises(ValueError, match=r"Close names: 'deterministic'. Received: share='determinstic'"):
+        wrapped("determinstic")
     with pytest.raises(ValueError, match="Close names: none"):
         wrapped("xyzzy")
     with pytest.raises(ValueError, match="It is a part of 'attention', which runs as a whole"):
@@ -416,7 +420,7 @@ def test_share_errors():
     for share in ("late", "logits"):
         with pytest.raises(ValueError, match=f"Nothing that is random .* share='{share}'. Name an earlier layer"):
             wrapped(share)
-    assert wrapped("first")._passes.graph.shares  # The whole name of one, the end of another.
+    assert wrapped("first")._passes.graph.shares  # It is the whole name of one layer and the end of another's.
     with pytest.raises(ValueError, match="More than one has it: 'a/same', 'b/same'"):
         a, b = (keras.Model(inputs, layers.Dense(3, name="same")(inputs), name=name) for name in "ab")
         wrapped("same", keras.Model(inputs, layers.Dropout(0.5)(a(inputs) + b(inputs))))
@@ -440,7 +444,7 @@ class Subclassed(keras.Model):
 
 
 class Noisy(layers.Layer):
-    """Random without a seed of its own, as a layer written on a backend's own functions would be."""
+    """Random without a seed of its own, like a layer that is written in the functions of a backend."""
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -474,7 +478,7 @@ class OwnCall(layers.Dense):
 
 
 class Counter(layers.Layer):
-    """Keeps state: what it computes depends on how often it was called."""
+    """Keeps state: its outputs depend on how often it was called."""
 
     def build(self, input_shape):
         self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
@@ -485,7 +489,7 @@ class Counter(layers.Layer):
 
 
 class OverriddenCall(keras.Model):
-    """A Functional model whose graph is not all that it runs."""
+    """A Functional model that runs more than its graph."""
 
     def call(self, inputs, training=None, mask=None):
         outputs = super().call(inputs, training=training)
@@ -588,7 +592,7 @@ def batch_mean(tokens):
 
 @pytest.mark.parametrize("function", [transposed, folded, batch_mean])
 def test_tiles_before_an_axis_0_that_is_not_the_batch(function):
-    """Both axes of the input are unknown, so that only a run at two batch sizes tells which is the batch."""
+    """Both axes of the input are unknown. Only shapes at two batch sizes tell which is the batch."""
 
     def make():
         tokens = keras.Input((None,), dtype="int32")
@@ -664,7 +668,7 @@ def test_optional_input():
 
 @pytest.mark.needs("keras_hub")
 def test_builds_in_less_than_a_second_for_twelve_layers():
-    """Ten times less than that, so that the limit holds on a slow machine; measured in `benchmarks/`."""
+    """It takes a tenth of that, so that a slow machine passes too. `benchmarks/` measures it."""
     backbone = hub().BertBackbone(100, num_layers=12, num_heads=2, hidden_dim=8, intermediate_dim=8)
     model = hub().BertTextClassifier(backbone=backbone, num_classes=2)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Models from KerasHub, keras.applications and KerasCV; each library optional."""
+"""Models from KerasHub, keras.applications and KerasCV. Each library is optional."""
 
 import subprocess
 import sys
@@ -10,7 +10,8 @@ import pytest
 from keras import layers, losses, ops
 
 from models import to_numpy
-from rdrop_keras import RDropModel
+from rdrop_keras import RDropModel, sharing
+from test_distribution import data_parallel, mirrored
 
 BACKEND = keras.backend.backend()
 TEXTS = ["the quick brown fox", "a lazy dog", "the dog jumped over the fox", "quick", "lazy brown dog", "over a fox"]
@@ -25,7 +26,7 @@ def hub():
     return keras_hub
 
 
-def bert(hub, dropout=0.2, preprocess=True):
+def bert(hub, dropout=0.2, preprocess=True, num_classes=2):
     keras.utils.set_random_seed(4)
     tokenizer = hub.models.BertTokenizer(vocabulary=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
     preprocessor = hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
@@ -39,7 +40,7 @@ def bert(hub, dropout=0.2, preprocess=True):
         dropout=dropout,
     )
     return hub.models.BertTextClassifier(
-        backbone, 2, preprocessor=preprocessor if preprocess else None, dropout=dropout
+        backbone, num_classes, preprocessor=preprocessor if preprocess else None, dropout=dropout
     )
 
 
@@ -134,6 +135,57 @@ def test_datasets_of_strings(hub):
 
 
 @pytest.mark.needs("keras_hub")
+def test_regression_of_pairs(hub):
+    """A number for two sentences. The passes are compared by their squared difference."""
+    pairs, scores = (TEXTS, TEXTS[::-1]), np.linspace(0, 1, 6)
+    model = RDropModel(bert(hub, num_classes=1), alpha=1.0)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    logs = model.train_on_batch(pairs, scores, return_dict=True)
+    assert logs["loss"] == pytest.approx(logs["task_loss"] + logs["consistency_loss"] / 2, rel=1e-5)
+    assert logs["consistency_loss"] > 0
+    expected = np.square(model.predict(pairs, verbose=0)[:, 0] - scores).mean()
+    assert model.test_on_batch(pairs, scores) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("keras_hub")
+@pytest.mark.backends("tensorflow", "jax")
+def test_raw_strings_on_two_devices(hub):
+    with mirrored(2).scope() if BACKEND == "tensorflow" else data_parallel(2):
+        model = compiled(RDropModel(bert(hub)), weighted_metrics=["accuracy"])
+        history = model.fit(TEXTS, LABELS, batch_size=2, validation_data=(TEXTS, LABELS), verbose=0).history
+        assert history["consistency_loss"][0] > 0
+        loss = model.evaluate(TEXTS, LABELS, batch_size=2, verbose=0)[0]
+    expected = ops.convert_to_numpy(CROSS_ENTROPY(LABELS, model.model(model.model.preprocessor(TEXTS))))
+    assert history["val_loss"][0] == pytest.approx(loss, rel=1e-5) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("keras_hub")
+def test_head_alone_in_float16(hub):
+    keras.config.set_dtype_policy("mixed_float16")
+    model = compiled(RDropModel(bert(hub), share="pooled_dense"))
+    once = [call.name.rpartition("/")[2] for call in sharing(model, "pooled_dense").calls if call.once]
+    assert once[-1] == "pooled_dense" and any("transformer_layer" in name for name in once)
+    history = model.fit(TEXTS, LABELS, batch_size=2, epochs=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all() and min(history["consistency_loss"]) > 0
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.needs("keras_hub")
+def test_task_exported(hub, tmp_path):
+    """The SavedModel takes tokens."""
+    import tensorflow as tf
+
+    model = compiled(RDropModel(bert(hub)))
+    model.fit(TEXTS, LABELS, verbose=0)
+    model.export(tmp_path / "served", verbose=False)
+    tokens = {name: np.array(value, "int32") for name, value in model.model.preprocessor(TEXTS).items()}
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(tokens), model.predict(TEXTS, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.needs("keras_hub")
 def test_preprocessed_beforehand(hub):
     preprocessor = bert(hub).preprocessor
     x = {key: np.array(value) for key, value in preprocessor(TEXTS).items()}
@@ -150,7 +202,7 @@ def test_pretrained_configurations_without_dropout(hub):
         RDropModel(bert(hub, dropout=0.0))
 
 
-# KerasHub's tasks say this whenever they are loaded.
+# KerasHub's tasks warn of this whenever they are loaded.
 @pytest.mark.needs("keras_hub")
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called as part of model loading")
 def test_task_saved_and_reloaded(hub, tmp_path):
@@ -175,7 +227,7 @@ def test_language_models_train_and_generate(hub, build):
     model = compiled(RDropModel(task, alpha=5.0), weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
     history = model.fit(raw, batch_size=2, epochs=2, verbose=0).history
     assert all(value > 0 for value in history["consistency_loss"])
-    # The compiled loss of the preprocessed batch, padding at weight zero.
+    # The compiled loss of the preprocessed batch, in which padding has weight 0.
     x, y, weights = task.preprocessor(raw)
     expected = ops.convert_to_numpy(CROSS_ENTROPY(y, model.model(x, training=False), weights))
     assert model.evaluate(raw, batch_size=2, verbose=0)[0] == pytest.approx(float(expected), rel=1e-4)
@@ -190,7 +242,8 @@ def test_images(hub):
         image_shape=(16, 16, 3), patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16, dropout_rate=0.1
     )
     model = compiled(RDropModel(hub.models.ViTImageClassifier(backbone, 3)))
-    images = np.random.uniform(0, 255, size=(6, 16, 16, 3)).astype("float32")
+    assert "patching" in next(call.name for call in sharing(model).calls if call.once)
+    images = np.random.uniform(0, 255, size=(6, 16, 16, 3)).astype("uint8")
     history = model.fit(images, np.arange(6) % 3, batch_size=3, verbose=0).history
     assert history["consistency_loss"][0] > 0
     assert model.predict(images, verbose=0).shape == (6, 3)
@@ -211,7 +264,7 @@ def test_transformer_layers(hub):
     x = {"source": tokens, "target": tokens}
     history = model.fit(x, tokens, batch_size=4, epochs=3, verbose=0).history
     assert history["task_loss"][-1] < history["task_loss"][0] and history["consistency_loss"][0] > 0
-    # Padding is masked out of both terms: with more of it the loss is the same.
+    # Padding is masked in both terms, so more padding does not change the loss.
     longer = np.pad(tokens, [(0, 0), (0, 3)])
     assert model.evaluate({"source": longer, "target": longer}, longer, verbose=0) == pytest.approx(
         model.evaluate(x, tokens, verbose=0), rel=1e-4

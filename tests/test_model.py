@@ -1,4 +1,4 @@
-"""RDropModel behaves as the Keras model it wraps; nothing of R-Drop outside training."""
+"""RDropModel behaves like the Keras model it wraps, without R-Drop outside of training."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ def compiled(model, alpha=2.0, optimizer="sgd", loss=CROSS_ENTROPY, num_passes=2
     return model
 
 
-# Models, each a class of cases in Keras: name -> (builder, inputs, targets, loss).
+# Models, one for each kind that Keras has: name -> builder.
 
 
 class HandsTrainingOn(keras.Model):
@@ -130,7 +130,7 @@ def test_alpha_0_is_the_bare_model_bit_for_bit(name, policy):
     "mode",
     [
         {"run_eagerly": True},
-        # PyTorch's compiler warns of itself and of Keras, and takes a warning made an error for a failure.
+        # PyTorch's compiler emits warnings, and fails if they are errors.
         pytest.param({"jit_compile": True}, marks=pytest.mark.filterwarnings("ignore")),
         # Keras has none on PyTorch.
         pytest.param({"steps_per_execution": 3}, marks=pytest.mark.backends("tensorflow", "jax")),
@@ -219,14 +219,14 @@ def test_batch_methods():
 
 @keras.saving.register_keras_serializable("tests")
 class Spy(layers.Layer):
-    """Notes the rows and the phase of each call."""
+    """Records the number of rows and the phase of each call."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.calls = []
 
     def call(self, inputs, training=None):
-        if isinstance(inputs.shape[0], int):  # Not where Keras learns shapes.
+        if isinstance(inputs.shape[0], int):  # Not while Keras infers shapes.
             self.calls.append((inputs.shape[0], bool(training)))
         return inputs
 
@@ -245,7 +245,7 @@ def test_one_call_a_step_and_no_second_pass_at_inference(num_passes):
     model.predict(X[:8], batch_size=4, verbose=0)
     model(X[:4])
     assert set(spy.calls) == {(4, False)}
-    assert len(spy.calls) <= 6  # Two batches each, one call, and what Keras runs to learn shapes.
+    assert len(spy.calls) <= 6  # Two batches each, one call, and Keras's calls to infer shapes.
 
 
 def test_validation_is_that_of_the_wrapped_model():
@@ -306,7 +306,7 @@ def test_float16_scales_the_loss():
 
 def test_inputs_are_cast_by_the_model_alone():
     keras.config.set_dtype_policy("mixed_float16")
-    x = keras.Input((4,))  # float32, which the first layer asks for: float16 ends at 65,504.
+    x = keras.Input((4,))  # float32, as the first layer needs it: float16 ends at 65,504.
     h = layers.Dropout(0.1)(layers.Rescaling(1e-6, dtype="float32")(x))
     model = compiled(keras.Model(x, layers.Dense(3)(h)))
     np.testing.assert_array_equal(model.predict(1e6 * X, verbose=0), model.model.predict(1e6 * X, verbose=0))
@@ -560,8 +560,14 @@ def test_overridden_steps():
         RDropModel(Own(x, layers.Dropout(0.1)(x)))
 
 
-def test_inputs_without_a_batch():
-    from rdrop_keras.passes.tiling import tile
+def test_no_targets():
+    model = RDropModel(mlp())
+    model.compile("sgd", CROSS_ENTROPY)
+    with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
+        model.fit(X, verbose=0)
 
-    with pytest.raises(ValueError, match=r"axis 0 of every input. Received: an input of shape \(\)"):
-        tile({"x": ops.convert_to_tensor(1.0)}, 2)
+
+def test_auto_of_keras_hub():
+    for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", CROSS_ENTROPY)):
+        with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
+            RDropModel(mlp()).compile(*arguments)

@@ -1,3 +1,5 @@
+"""Inconsistency against float64 oracles, its errors, and the callback."""
+
 import keras
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ NAMES = {"gap", "submodel_loss", "divergence", "agreement"}
 
 
 class Chosen(layers.Layer):
-    """In training sub-model i of m adds `shift[i]` to its rows; as a full model it adds nothing."""
+    """In training sub-model i of m adds `shift[i]` to its rows. The full model adds nothing."""
 
     rdrop_stochastic = True
 
@@ -64,7 +66,7 @@ def test_by_hand(weights, batch_size):
 
 
 def test_jackknife():
-    """Of the mean of a product over pairs: leave out each pass in turn."""
+    """The jackknife of the mean of a product over pairs: leave out each pass in turn."""
     values = np.array([1.0, 2.0, -1.0, 4.0])
     products = [values[i] * values[j] for i in range(4) for j in range(i + 1, 4)]
     estimate = monitor._over_pairs(np.array(products), 4)
@@ -112,7 +114,7 @@ def test_leaves_no_trace():
 
 
 def test_batch_normalization_is_in_inference():
-    """Statistics far from the batch's would make a gap of their own."""
+    """Statistics far from those of the batch would make a gap by themselves."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3)(layers.Dropout(1e-6)(layers.BatchNormalization()(inputs))))
     model.compile("sgd", LOSS)
@@ -137,7 +139,7 @@ def test_other_losses(loss, activation, agrees):
 
 
 def test_data():
-    """Arrays and generators; the draws differ, the full model does not."""
+    """Arrays and generators. The draws differ, and the full model does not."""
     model = RDropModel(mlp(), 1.0)
     model.compile("sgd", LOSS)
     a = inconsistency(model, X, Y, passes=2, batch_size=20)
@@ -230,11 +232,3 @@ def test_errors():
     model.compile("sgd", lambda y_true, y_pred: ops.mean(y_pred))
     with pytest.raises(ValueError, match=r"`divergence='auto'` cannot read"):
         inconsistency(model, X, Y)
-
-
-def test_stochastic_layers():
-    model = mlp()
-    assert rdrop_keras.stochastic_layers(model) == [model.layers[1]]
-    assert rdrop_keras.stochastic_layers(RDropModel(model)) == [model.layers[1]]
-    with pytest.raises(TypeError, match=r"`model` must be a keras.Model"):
-        rdrop_keras.stochastic_layers([])

@@ -1,4 +1,4 @@
-"""Models whose rows are not on their own: their passes run one after another, or are refused."""
+"""Models whose rows depend on each other: their passes run one after another, or the model is refused."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ N = 16
 X = np.random.RandomState(0).normal(size=(N, 6)).astype("float32")
 Y = np.arange(N) % 3
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-# So low that no entry is ever dropped: R-Drop's task loss is then the loss of plain training.
+# So low that nothing is ever dropped. R-Drop's task loss is then the loss of plain training.
 NEVER = 1e-7
 
 
@@ -148,7 +148,7 @@ def test_numbers_drawn_once_a_batch_are_drawn_for_each_pass(name):
 
 
 class WeightNoise(layers.Layer):
-    """Noise on the weights, the same for all rows, of which nothing tells."""
+    """Noise on the weights, the same for all rows. Nothing about the layer shows it."""
 
     def build(self, input_shape):
         self.kernel = self.add_weight(shape=(input_shape[-1], 3))
@@ -162,15 +162,15 @@ class WeightNoise(layers.Layer):
 def test_equal_passes_are_told_once():
     model = RDropModel(keras.Sequential([keras.Input((6,)), WeightNoise()]))
     with told_of_equal_passes():
-        assert fit(model)["consistency_loss"] == [0, 0]
+        assert fit(model)["consistency_loss"] == pytest.approx([0, 0], abs=1e-12)
     model.fit(X, Y, batch_size=N, verbose=0)  # Warnings are errors here.
-    # An epoch without a step of R-Drop has nothing to tell.
+    # An epoch without a step of R-Drop gives no warning.
     model = RDropModel(mlp(6), every=3)
     assert fit(model, epochs=4)["consistency_loss"][1:3] == pytest.approx([float("nan")] * 2, nan_ok=True)
 
 
 def test_rates_changed_after_compile():
-    """As under curriculum dropout: what was deterministic when it was compiled is random when it trains."""
+    """As in curriculum dropout, a layer is deterministic when the model is compiled and random when it trains."""
     early = layers.Dropout(0.5, seed=1)
     early.rate = 0.0
     model = RDropModel(keras.Sequential([keras.Input((6,)), early, layers.Dense(3), layers.Dropout(NEVER)]))
@@ -204,7 +204,7 @@ def outputs_and_mean(outputs):
     return {"classes": outputs, "a_mean": ops.mean(outputs)}
 
 
-@pytest.mark.backends("tensorflow", "torch")  # On JAX Keras's losses take no scalars.
+@pytest.mark.backends("tensorflow", "torch")  # On JAX Keras's losses do not take scalars.
 def test_output_without_a_batch_and_with_a_loss():
     model = RDropModel(functional(lambda x: ops.mean(dense(x)), rate=0.3), divergence="mse")
     model.compile("sgd", "mse", jit_compile=False)
@@ -256,23 +256,6 @@ def test_axis_that_the_outputs_do_not_have():
         model = RDropModel(mlp(6), divergence=Divergence("kl", axis=axis))
         with pytest.raises(ValueError, match=rf"`axis` must be one of an output's axes behind.*Received: axis={axis}"):
             fit(model)
-
-
-def test_no_targets():
-    model = RDropModel(mlp(6))
-    with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
-        fit(model, y=None)
-
-
-def test_auto_of_keras_hub():
-    for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", LOSS)):
-        with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
-            RDropModel(mlp(6)).compile(*arguments)
-
-
-def test_misspelt_share():
-    with pytest.raises(ValueError, match=r"Close names: 'deterministic'. Received: share='determinstic'"):
-        RDropModel(mlp(6), share="determinstic")
 
 
 def test_rates_of_numpy():

@@ -1,3 +1,5 @@
+"""Pictures of runs: which panels, which curves, which errors."""
+
 import builtins
 
 import keras
@@ -38,7 +40,7 @@ def test_panels(histories, tmp_path):
     assert [a.get_xlabel() for a in axes[-1]] == ["training step", "seconds"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "R-Drop"]
     assert [len(a.get_lines()) for a in axes[:, 0]] == [4, 2, 1]
-    assert [len(a.collections) for a in axes[:, 0]] == [4, 2, 1]  # A band for each line.
+    assert [len(a.collections) for a in axes[:, 0]] == [4, 2, 1]  # One band for each line.
 
 
 def test_panels_of_validation_alone():
@@ -49,7 +51,7 @@ def test_panels_of_validation_alone():
 def test_curves(histories):
     figure = plot.compare(histories)
     lines = figure.axes[0].get_lines()
-    np.testing.assert_array_equal(lines[0].get_xdata(), [2, 4, 6])  # Two steps an epoch.
+    np.testing.assert_array_equal(lines[0].get_xdata(), [2, 4, 6])  # Two steps in each epoch.
     tasks = np.array([history.history["task_loss"] for history in histories["R-Drop"]])
     np.testing.assert_allclose(lines[2].get_ydata(), tasks.mean(axis=0))
     low, high = (f(figure.axes[0].collections[2].get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))

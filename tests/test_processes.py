@@ -1,4 +1,4 @@
-"""Several processes train as one does: `MultiWorkerMirroredStrategy`, and `keras.distribution` on JAX."""
+"""Several processes train like one, by `MultiWorkerMirroredStrategy` or by `keras.distribution` on JAX."""
 
 import keras
 import numpy as np
@@ -21,6 +21,8 @@ def assert_same(result, expected):
     ids=["2 workers", "3 workers, every", "2 workers of 2 replicas, budget"],
 )
 def test_multi_worker(workers, replicas, options, tmp_path):
+    import tensorflow as tf
+
     rows, size = (18, 6) if workers == 3 else (16, 8)
     with Cluster(
         "tensorflow", workers, "train", tmp_path, replicas=replicas, model=options, rows=rows, batch_size=size
@@ -36,6 +38,8 @@ def test_multi_worker(workers, replicas, options, tmp_path):
         assert result["evaluation"] == pytest.approx(model.evaluate(x, y, verbose=0, return_dict=True), rel=1e-5)
         np.testing.assert_allclose(result["predictions"], model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
         assert result["weights"] == results[0]["weights"]
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(x), results[0]["predictions"], rtol=1e-4, atol=1e-5)
     # What the chief wrote is a checkpoint like any other.
     custom = {"NoiseOfTheRow": tests.NoiseOfTheRow}
     reloaded = keras.models.load_model(tmp_path / "chief.keras", custom_objects=custom)
@@ -45,7 +49,7 @@ def test_multi_worker(workers, replicas, options, tmp_path):
 
 @pytest.mark.backends("tensorflow")
 def test_multi_worker_with_an_uneven_last_batch(tmp_path):
-    """The mean over each process's rows counts alike, as Keras's does; all processes agree."""
+    """The means of all processes count alike, as in Keras, and all processes agree."""
     with Cluster("tensorflow", 2, "train", tmp_path, rows=21, batch_size=8) as cluster:
         first, second = cluster.results()
     assert first == second

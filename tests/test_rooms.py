@@ -1,24 +1,21 @@
-"""The package's rooms: which module may import which, and what the room for Keras's gaps offers by itself."""
+"""The rooms of the package: which module may import which, private names of Keras, documented names."""
 
 import ast
-import doctest
 import inspect
 import pathlib
 
 import keras
-import numpy as np
 import pytest
 
 import rdrop_keras
-from models import mlp
-from rdrop_keras.keras_gaps import _keras, wrapper
+from rdrop_keras.keras_gaps import _keras
 
 PACKAGE = pathlib.Path(rdrop_keras.__file__).parent
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# From the top floor down; a module imports from its own line and those below, without circles.
+# From the top down. A module imports from its own floor and those below, without circles.
 FLOORS = ["", "passes", "keras_gaps"]
 
 
@@ -51,7 +48,7 @@ def test_imports_make_no_circle():
     waiting = {module: imports(path) - {module} for module, path in MODULES.items()}
     while waiting:
         free = [module for module, needs in waiting.items() if not needs & set(waiting)]
-        # A room's `__init__` is imported with each module of it, and may import them.
+        # A room's `__init__` is imported with each of its modules, and may import them.
         assert free, f"these import each other: {sorted(waiting)}"
         for module in free:
             del waiting[module]
@@ -79,52 +76,3 @@ def test_public_names_are_documented(name):
     for method, value in vars(public).items() if inspect.isclass(public) else ():
         if not method.startswith("_") and callable(value):
             assert inspect.getdoc(getattr(public, method)), method
-
-
-def test_docstring_of_the_wrapper():
-    names = {"keras": keras, "np": np}
-    (test,) = doctest.DocTestFinder(recurse=False).find(wrapper.WrapperModel, "WrapperModel", globs=names)
-    assert test.examples
-    assert doctest.DocTestRunner().run(test).failed == 0
-
-
-@keras.saving.register_keras_serializable("tests")
-class Doubled(wrapper.WrapperModel):
-    """Another method than R-Drop: trains on inputs twice as large, in every other step."""
-
-    kinds_of_step = (2.0, 1.0)
-
-    def kind_of_step(self, step):
-        return self.kinds_of_step[step % 2]
-
-    def call_in_training(self, inputs, training, kind):
-        return self.model(kind * inputs, training=training)
-
-
-def test_another_method(tmp_path):
-    """Steps of two kinds, evaluation of the model inside, files that go on where they were."""
-    x, y = np.random.RandomState(0).normal(size=(24, 4)).astype("float32"), np.arange(24) % 3
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    def trained(model, batches):
-        model.compile(keras.optimizers.SGD(0.1), loss)
-        for batch in batches:
-            model.train_on_batch(batch, y[:8])
-        return model
-
-    keras.utils.set_random_seed(1)
-    plain = trained(mlp(rate=0.0), [2 * x[:8], x[8:16], 2 * x[16:]])
-    keras.utils.set_random_seed(1)
-    model = trained(Doubled(mlp(rate=0.0)), [x[:8], x[8:16], x[16:]])
-    np.testing.assert_allclose(model.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(model.evaluate(x, y, verbose=0), plain.evaluate(x, y, verbose=0), rtol=1e-5)
-    model.save(tmp_path / "model.keras")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    for other, batch in ((model, x[:8]), (again, x[:8]), (plain, x[:8])):
-        other.train_on_batch(batch, y[:8])
-    np.testing.assert_allclose(again.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(model.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"With steps of several kinds, `steps_per_execution` must be 1"):
-        model.compile("sgd", loss, steps_per_execution=2)
-    with pytest.raises(AttributeError, match=r"`model` of this Doubled is fixed"):
-        model.model = plain

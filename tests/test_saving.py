@@ -1,4 +1,4 @@
-"""Files: reload and go on, weights, configuration, export."""
+"""Files: loading and going on, weights, configuration, export."""
 
 import os
 import pathlib
@@ -174,7 +174,7 @@ def test_saved_model_of_two_inputs(tmp_path):
     np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
-# Keras's exporter tries several ways, and PyTorch and ONNX warn of some of them.
+# Keras's exporter tries several ways, and PyTorch and ONNX warn about some of them.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.backends("torch")
 @pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
@@ -255,7 +255,7 @@ def own_loss(y_true, y_pred):
 
 
 def test_what_the_model_inside_was_compiled_with_is_not_saved(tmp_path):
-    """An unregistered loss of its own would make the file unloadable, and the wrapper has no need of it."""
+    """If its own loss is not registered, the file could not be loaded, and the wrapper does not need it."""
     inner = mlp()
     inner.compile("sgd", own_loss)
     model = RDropModel(keras.Sequential([keras.Input((4,)), inner]))
@@ -275,8 +275,8 @@ def test_older_format_is_refused(tmp_path):
         assert not (tmp_path / name).exists()
 
 
-# What the files in `saved/` gave to the version that wrote them, with Keras 3.14.0, before the package had rooms: loss
-# and first output of the trained model, steps made, α, and the loss of one more epoch on TensorFlow.
+# The files in `saved/` were written with Keras 3.14.0 by the version before the package had rooms. That version gave
+# these: loss and first output of the trained model, steps made, α, and the loss of one more epoch on TensorFlow.
 OLD_FILES = {
     "fixed": (1.056290269, [0.1735048145, -0.4024653137, -0.1417703182], 4, 3.0, 1.180205822),
     "budget": (1.041947365, [0.3101931810, 0.5732896328, -1.7447228432], 0, 10.508234024, 1.231130004),
@@ -288,7 +288,9 @@ def test_file_of_an_older_version(name):
     loss, outputs, steps, alpha, next_loss = OLD_FILES[name]
     model = keras.models.load_model(pathlib.Path(__file__).parent / "saved" / f"{name}.keras")
     if keras.backend.backend() == "torch":
-        model.jit_compile = False  # The file holds what "auto" was on TensorFlow; PyTorch would compile for a minute.
+        model.jit_compile = (
+            False  # The file holds what "auto" was on TensorFlow, with which PyTorch would compile for a minute.
+        )
     x = np.random.RandomState(0).normal(size=(16, 4)).astype("float32")
     y = np.arange(16) % 3
     np.testing.assert_allclose(model.evaluate(x, y, verbose=0)[0], loss, rtol=1e-5)

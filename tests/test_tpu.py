@@ -1,4 +1,4 @@
-"""What a TPU asks of a step, read off the compiled program: one of static shapes that leaves nothing to the host."""
+"""What a TPU needs of a step, read off the compiled program: static shapes, and nothing left to the host."""
 
 import re
 
@@ -13,7 +13,7 @@ from rdrop_keras import KLBudget, RDropModel
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.backends("tensorflow", "jax")
 
-# What XLA runs by itself wherever it runs. Any other call is a kernel of one platform, or of the host.
+# The calls that XLA runs by itself on every platform. Any other is a kernel of one platform or of the host.
 XLA_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 HOST = ("infeed", "outfeed", "send(", "recv(", "callback", "py_func", "PyFunc")
 DYNAMIC = ("<=", "set-dimension-size", "get-dimension-size", "dynamic-reshape", "PadToStatic", "SliceToDynamic")

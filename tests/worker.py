@@ -1,4 +1,4 @@
-"""What one process of a `cluster.Cluster` does: `python worker.py TASK JSON`. Tasks return what can be JSON."""
+"""One process of a `cluster.Cluster`: `python worker.py TASK JSON`. What tasks return is written as JSON."""
 
 import contextlib
 import faulthandler
@@ -10,7 +10,6 @@ import sys
 
 import keras
 
-from experiment import Backup
 from models import mlp
 from rdrop_keras import RDropModel
 
@@ -32,7 +31,7 @@ def strategy(replicas=1, timeout=None, to_start=None):
 
 
 def train(options):
-    """Trains the model of `test_distribution.py`, with validation, and with checkpoints by the chief alone."""
+    """Trains the model of `test_distribution.py` with validation. The chief alone writes checkpoints and exports."""
     scope = strategy(options.get("replicas", 1)).scope()
     import test_distribution as tests
 
@@ -48,6 +47,8 @@ def train(options):
     x, y = tests.X[:rows], tests.Y[:rows]
     size = options["batch_size"]
     history, weights = tests.steps(model, True, x, y, batch_size=size, callbacks=callbacks)
+    if options["index"] == 0:
+        model.export(f"{options['folder']}/served", verbose=False)
     return {
         "history": history,
         "weights": [w.tolist() for w in weights],
@@ -57,7 +58,7 @@ def train(options):
 
 
 def train_with_jax(options):
-    """The same with `keras.distribution`; each process gives its own part of each batch."""
+    """The same with `keras.distribution`. Each process gives its own part of each batch."""
     addresses, index = options["addresses"], options["index"]
     keras.distribution.initialize(",".join(addresses), len(addresses), index)
     import numpy as np
@@ -83,6 +84,18 @@ def train_with_jax(options):
     return {"history": history, "weights": [w.tolist() for w in weights], "devices": len(devices)}
 
 
+class Backup(keras.callbacks.BackupAndRestore):
+    """The first worker writes, and all go on from what it wrote."""
+
+    def __init__(self, folder, writes):
+        super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
+        self.writes = writes
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.writes:
+            super().on_epoch_end(epoch, logs)
+
+
 class Fault(keras.callbacks.Callback):
     """Sends this process a signal in the middle of an epoch."""
 
@@ -99,7 +112,7 @@ class Fault(keras.callbacks.Callback):
 
 
 def kill_in_save(number):
-    """Kills this process in the middle of the `number`-th file of weights."""
+    """Kills this process while it writes the `number`-th file of weights."""
     from keras.src.saving import saving_lib
 
     saves, write = [], saving_lib._save_state
@@ -108,14 +121,14 @@ def kill_in_save(number):
         if isinstance(trackable, RDropModel):
             saves.append(trackable)
         if len(saves) == number and isinstance(trackable, keras.optimizers.Optimizer):
-            os.kill(os.getpid(), signal.SIGKILL)  # The model is written, its optimizer not.
+            os.kill(os.getpid(), signal.SIGKILL)  # The model is written and its optimizer is not.
         return write(trackable, *args, **kwargs)
 
     saving_lib._save_state = save_state
 
 
 def resume(options):
-    """Trains with all that has state, from the backup in the folder if there is one; perhaps a fault is planned."""
+    """Trains with everything that has state, from the backup in the folder if there is one, perhaps with a fault."""
     scope = contextlib.nullcontext()
     if len(options["addresses"]) > 1:
         scope = strategy(timeout=options.get("timeout"), to_start=options.get("to_start")).scope()
@@ -145,7 +158,7 @@ def resume(options):
 
 
 def train_until_alone(options):
-    """Trains without end with `keras.distribution` on JAX, which is to notice within `timeout` that another is gone."""
+    """Trains forever with `keras.distribution` on JAX, until it notices within `timeout` that another is gone."""
     import jax
 
     jax.distributed.initialize(

@@ -1,8 +1,11 @@
 """Every Keras name the package uses that Keras does not make public.
 
-Each was read in Keras 3.14.0 and 3.15.1, and `check_private_names`, run at import, tells if one is gone. Nothing else
+Each was read in Keras 3.14.0 and 3.15.1, and `check_private_names`, run at import, raises if one is gone. Nothing else
 in the package imports `keras.src` or touches an underscored attribute of Keras, except the overrides in `wrapper.py`
 and what `multi_worker.py` reads, which say so and are in the list too.
+
+Comes in: Keras's models, layers and tensors. Goes out: what Keras knows of them and does not show. Called by: the
+whole package.
 """
 
 import contextlib
@@ -14,7 +17,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
 
-# The compiled loss: the only place that knows which target, weight and output belong together.
+# The compiled loss. Nothing else knows which target, weight and output belong together.
 from keras.src.trainers.compile_utils import CompileLoss
 
 __all__ = [
@@ -64,7 +67,7 @@ __all__ = [
 
 
 def all_layers(operation):
-    """`operation` and all layers below it, none if it is no layer; `Layer.layers` exists on models only."""
+    """`operation` and all layers below it; none if it is no layer. Only models have a public `layers`."""
     return list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
 
 
@@ -74,29 +77,29 @@ def children(layer):
 
 
 def own_variables(layer):
-    """The variables that `layer` itself owns, seeds and those of sublayers aside."""
+    """The variables that `layer` itself owns, without seeds and those of sublayers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def assign(variable, other):
-    """Gives `variable` the value of `other`, in memory of its own."""
-    # JAX would share the array, and training one model frees it under the other.
+    """Copies the value of `other` into `variable`."""
+    # On JAX both would share one array, which training either model frees.
     variable.assign(keras.ops.copy(other.value) if keras.backend.backend() == "jax" else other.value)
 
 
 def set_trainable(layer, trainable):
-    """Sets `layer.trainable`, and not that of its sublayers and variables, which the public property sets too."""
+    """Sets `layer.trainable` alone. The public property also sets that of sublayers and variables."""
     layer._trainable = trainable
 
 
 def lora_layers(layer):
-    """The layers to which a backbone of KerasHub (read in 0.32) has given LoRA; of any other layer, none."""
+    """The layers to which a KerasHub backbone (read in 0.32) has given LoRA; none for any other layer."""
     numbers = getattr(layer, "_lora_enabled_layers", None) or []
     return [_with_weights(layer)[number] for number in numbers]
 
 
 def set_lora_layers(backbone, layers):
-    """Has a backbone of KerasHub save the LoRA weights of `layers`, which it finds by number."""
+    """Makes a KerasHub backbone save the LoRA weights of `layers`, which it finds by number."""
     numbers = {id(layer): number for number, layer in enumerate(_with_weights(backbone))}
     backbone._lora_enabled_layers = [numbers[id(layer)] for layer in layers]
     backbone._lora_rank = layers[0].lora_rank
@@ -107,24 +110,24 @@ def _with_weights(backbone):
 
 
 def has_seed(layer):
-    """Whether `layer` itself owns a `SeedGenerator`; `Layer.variables` mixes their states with those of sublayers."""
+    """Whether `layer` itself owns a `SeedGenerator`. `Layer.variables` does not tell them from those of sublayers."""
     return bool(layer._seed_generators)
 
 
 def has_state(layer):
-    """Whether `layer` itself owns variables made with `trainable=False`, seeds aside."""
+    """Whether `layer` itself owns variables made with `trainable=False`, other than seeds."""
     return bool(layer._non_trainable_variables)
 
 
 def operations(layer):
-    """The operations, layers among them, in the graph of a Functional `layer`; of any other, none."""
+    """The operations, including layers, in the graph of a Functional `layer`; none for any other layer."""
     return layer.operations if isinstance(layer, Functional) else []
 
 
 def functional(model):
     """The Functional model whose graph of nodes is all that `model.call` runs, or None."""
     outer = type(model).__call__
-    # KerasHub's own (read in 0.32) refuses strings and calls Keras's.
+    # KerasHub's `__call__` (read in 0.32) refuses strings and then calls Keras's.
     in_task = outer.__module__ == "keras_hub.src.utils.pipeline_model"
     unchanged = "call" not in vars(model) and (outer is keras.Layer.__call__ or in_task)
     if unchanged and isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
@@ -135,7 +138,7 @@ def functional(model):
 
 
 def is_plain_graph(layer):
-    """Whether `layer` is a Sequential or Functional model made of its layers, by a class with no other constructor."""
+    """Whether `layer` is a Sequential or Functional model that is made from its layers and nothing else."""
     if isinstance(layer, keras.Sequential):
         unchanged = type(layer).__init__ is keras.Sequential.__init__
         return unchanged and type(layer).get_config is keras.Sequential.get_config
@@ -152,12 +155,12 @@ def input_layers(model):
 
 
 def run_graph(functional, inputs, operation_fn):
-    """The outputs of a Functional model from symbolic `inputs`, with `operation_fn(operation)` for each operation."""
+    """The outputs of a Functional model on symbolic `inputs`, with `operation_fn(operation)` for each operation."""
     return functional._run_through_graph(inputs, operation_fn)
 
 
 def copied_operation(operation):
-    """`operation`, which is no layer and so has no state, without its place in a graph."""
+    """`operation`, which is no layer and so has no state, outside of any graph."""
     copy = object.__new__(type(operation))
     vars(copy).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return copy
@@ -170,21 +173,21 @@ def nodes(functional):
 
 
 def reference_order(functional, inputs):
-    """`inputs`, a structure as `functional` is called with, in the order of its flat `inputs`."""
+    """`inputs`, a structure that `functional` is called with, in the order of its flat `inputs`."""
     if isinstance(inputs, dict) and not isinstance(functional._inputs_struct, dict):
         return [inputs.get(tensor.name) for tensor in functional.inputs]
     return keras.tree.flatten(inputs)
 
 
 def standardized(model, functional, inputs):
-    """`inputs` checked and converted as by `model`, whose graph is `functional`, in the order of its flat `inputs`."""
+    """`inputs` as `model` checks and converts them, in the order of the flat inputs of `functional`, its graph."""
     inputs = keras.tree.map_structure(lambda x: converted(x, model=model), inputs)
     model._assert_input_compatibility(inputs)
     return functional._standardize_inputs(inputs)
 
 
 def converted(tensor, mask=None, *, model, reference=None):
-    """`tensor` as `model` receives it: cast as its policy asks, then to the type of its input `reference`."""
+    """`tensor` as `model` receives it: cast by its dtype policy, then to the dtype of its input `reference`."""
     result = tensor
     if model._convert_input_args:
         result = model.dtype_policy.convert_input(result, model.autocast, model.input_dtype)
@@ -198,13 +201,13 @@ def converted(tensor, mask=None, *, model, reference=None):
 
 
 def packed_outputs(functional, tensors):
-    """The flat `tensors` in the structure that `functional` returns."""
+    """The flat `tensors`, in the structure that `functional` returns."""
     return unpack_singleton(keras.tree.pack_sequence_as(functional._outputs_struct, tensors))
 
 
 @contextlib.contextmanager
 def call_context(layer, training):
-    """What `Layer.__call__` holds up around `call`: sublayers called within find `training` there."""
+    """What `Layer.__call__` sets around `call`: sublayers that are called within it find `training` there."""
     context = layer._get_call_context()
     before = context.get_value("training")
     context.set_value("training", training)
@@ -216,23 +219,23 @@ def call_context(layer, training):
 
 
 def autocast_scope(model):
-    """Within it, variables have the type in which `model` computes."""
+    """Within it, variables are cast to the dtype in which `model` computes."""
     dtype = model.compute_dtype
     return AutocastScope(dtype if model.autocast and is_float_dtype(dtype) else None)
 
 
 def name_scope(layer):
-    """The scope that `layer` opens around its call; keras.distribution finds layouts of outputs by it."""
+    """The scope that `layer` opens around its call. keras.distribution looks up layouts of outputs by it."""
     return layer._open_name_scope()
 
 
 def takes_training(layer):
-    """Whether `layer.call` has a `training` argument, by which Keras decides if it passes one in `fit`."""
+    """Whether `layer.call` has a `training` argument. If not, Keras passes none in `fit`."""
     return layer._call_has_training_arg
 
 
 def call(model, inputs, training):
-    """`model(inputs)`, with `training` if its `call` takes that."""
+    """`model(inputs)`, with `training` if its `call` takes it."""
     return model(inputs, training=training) if takes_training(model) else model(inputs)
 
 
@@ -260,8 +263,8 @@ def value_after(model, variable, result):
 
 
 def output_spec(model, specs, training):
-    """The KerasTensors that `model` gives for inputs like `specs`, in the middle of a step too."""
-    # JAX's programs hold the values of variables, which have none of their own meanwhile.
+    """The KerasTensors that `model` returns for inputs like `specs`. It works in the middle of a step too."""
+    # In the middle of a step on JAX, the values of variables are held by the program.
     values = [(variable, variable.value) for variable in model.variables] if in_stateless_scope() else []
 
     def run(inputs):
@@ -272,47 +275,47 @@ def output_spec(model, specs, training):
 
 
 def is_from_known(module):
-    """Whether code of the module called `module` is that of Keras or KerasHub, which is known."""
+    """Whether the module named `module` belongs to Keras or its libraries, whose code is known."""
     return module.partition(".")[0] in ("keras", "keras_cv", "keras_hub", "keras_nlp")
 
 
 def take_training_argument_as(wrapper, model):
-    """Makes Keras's trainers, which decide whether to pass `training` to `wrapper`, decide as for `model`."""
+    """Makes Keras's trainers pass `training` to `wrapper` if they would pass it to `model`."""
     wrapper._call_has_training_arg = takes_training(model)
 
 
 def set_compiled_loss(model, loss):
-    """Gives a compiled `model` another `CompileLoss`."""
+    """Replaces the `CompileLoss` of a compiled `model`."""
     model._compile_loss = loss
 
 
 def strategy_of(model):
-    """The `tf.distribute` strategy `model` was made under, or None; the public property falls back to the current."""
+    """The `tf.distribute` strategy `model` was made under, or None. The public property falls back to another."""
     return getattr(model, "_distribute_strategy", None)
 
 
 def strategy_scope(model):
-    """The scope of the `tf.distribute` strategy `model` was made under, or none."""
+    """The scope of the `tf.distribute` strategy `model` was made under, or a context that does nothing."""
     strategy = strategy_of(model)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def loss_weights(model):
-    """The `loss_weights` `model` was compiled with."""
+    """The `loss_weights` that `model` was compiled with."""
     return model._compile_loss._user_loss_weights
 
 
 def keras_logits(probabilities):
-    """The logits that `softmax` or `sigmoid` made `probabilities` from, or None.
+    """The logits from which `softmax` or `sigmoid` computed `probabilities`, or None.
 
-    Keras keeps them on the tensor so that cross-entropy need not take the logarithm of a rounded probability. Its
-    TensorFlow losses read them; JAX tracers cannot carry them.
+    Keras keeps them on the tensor, so that cross-entropy need not take the logarithm of a rounded probability. Its
+    losses read them on TensorFlow. JAX's tracers cannot carry them.
     """
     return getattr(probabilities, "_keras_logits", None)
 
 
 def copy_annotations(sources, target, function):
-    """Puts on `target` what Keras attaches to all of `sources` (mask and logits): `function` of the list of these."""
+    """Attaches to `target` what Keras attached to all of `sources`, mask and logits, joined by `function`."""
     masks = [get_keras_mask(source) for source in sources]
     if all(mask is not None for mask in masks):
         set_keras_mask(target, function(masks))
@@ -322,7 +325,7 @@ def copy_annotations(sources, target, function):
     return target
 
 
-# What is read or overridden, by the class that has it.
+# What the package reads or overrides, by the class that has it.
 _PRIVATE_NAMES = {
     keras.Layer: (
         "_call_has_training_arg",
@@ -357,7 +360,7 @@ if keras.backend.backend() == "tensorflow":
 
 
 def check_private_names(names=None):
-    """Raises an ImportError that lists those of the private names that Keras has no more."""
+    """Raises an ImportError that lists the private names that Keras no longer has."""
     names = _PRIVATE_NAMES if names is None else names
     gone = [f"{owner.__name__}.{name}" for owner in names for name in names[owner] if not _has(owner, name)]
     if gone:
@@ -368,7 +371,7 @@ def check_private_names(names=None):
 
 
 def _has(owner, name):
-    """Whether a class has an attribute, or a method of it or of a parent touches one of that name."""
+    """Whether a class has an attribute, or one of its methods, inherited or not, touches one of that name."""
     if hasattr(owner, name):
         return True
     functions = [value for cls in owner.__mro__ for value in vars(cls).values()]

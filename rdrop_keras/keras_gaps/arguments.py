@@ -1,4 +1,8 @@
-"""Checks of numbers that users give: each raises for what it does not take, naming what was received."""
+"""Checks of the numbers that users give.
+
+Comes in: the name and value of an argument. Goes out: nothing, or an error that names what was received. Called by: all
+that takes numbers from users.
+"""
 
 import math
 import numbers

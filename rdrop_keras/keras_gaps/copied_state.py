@@ -1,7 +1,10 @@
-"""Weights, trainable flags, LoRA and assets of a model put into another that was made from its configuration.
+"""Copies the state of a model into another that was made from its configuration.
 
-Some layers of KerasHub make their dropout only for a rate above 0, and a graph that has it orders its other layers in
-another way. So layers are paired from the outside in, by their names within a graph and by their order elsewhere.
+Some layers of KerasHub make their dropout only for a rate above 0, and a graph with dropout orders its other layers
+differently. So layers are paired from the outside in, by name within a graph and by order elsewhere.
+
+Comes in: two models of the same layers, except for dropout. Goes out: weights, trainable flags, LoRA and assets of the
+first in the second. Called by: `with_dropout`.
 """
 
 import collections
@@ -12,10 +15,10 @@ from rdrop_keras.keras_gaps import _keras
 
 
 def copy_state(source, target):
-    """Gives `target` the state of `source`.
+    """Copies the state of `source` into `target`.
 
     Raises:
-        ValueError: If a layer of one that has weights has no counterpart in the other.
+        ValueError: If a layer with weights in one of them has no counterpart in the other.
     """
     pairs = _Pairs()
     pairs.add(source, target)
@@ -28,7 +31,7 @@ def copy_state(source, target):
 
 
 class _Pairs:
-    """Pairs of layers, iterated with the outer before the inner."""
+    """Pairs of layers. Iteration gives outer layers before inner ones."""
 
     def __init__(self):
         self._new = {}
@@ -41,7 +44,7 @@ class _Pairs:
         return self._new[id(old)]
 
     def add(self, old, new):
-        if old is new:  # A preprocessor, which both have.
+        if old is new:  # Such as a preprocessor, which both share.
             return
         if id(old) in self._new or id(new) in self._old:
             if self._new.get(id(old)) is not new:
@@ -57,7 +60,7 @@ class _Pairs:
             for inner_old, inner_new in zip(olds, news):
                 self.add(inner_old, inner_new)
         for olds, news in _groups(old, new, lambda layer: not _has_weights(layer)):
-            # Dropout may be among them, without a counterpart. All that the others have is a flag.
+            # Dropout may be among them and have no counterpart. The others have no state but a flag.
             if [type(layer) for layer in olds] == [type(layer) for layer in news]:
                 for inner_old, inner_new in zip(olds, news):
                     if id(inner_old) not in self._new and id(inner_new) not in self._old:
@@ -65,7 +68,7 @@ class _Pairs:
 
 
 def _groups(old, new, belongs):
-    """Pairs of lists of those layers in `old` and `new` that `belong`; in each, the k-th of both are counterparts."""
+    """Pairs of lists of those layers in `old` and `new` that `belong`. The k-th layers of a pair are counterparts."""
     both = [[layer for layer in _keras.children(parent) if belongs(layer)] for parent in (old, new)]
     names = [[layer.name for layer in layers] for layers in both]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
@@ -73,8 +76,8 @@ def _groups(old, new, belongs):
         return [([layer], [by_name[layer.name]]) for layer in both[0]]
     if not _keras.operations(old):
         return [both]
-    # In a graph, names begin with the name of the model in some of KerasHub's, and end in a number that counts on where
-    # Keras gives them.
+    # In some graphs of KerasHub names begin with the name of the model. Where Keras gives them, they end in a number
+    # that counts on from model to model.
     groups = collections.defaultdict(lambda: ([], []))
     for i, (parent, layers) in enumerate(zip((old, new), both)):
         for layer in layers:
@@ -91,17 +94,17 @@ def _copy_layer(old, new):
     if getattr(old, "lora_enabled", False):
         if not new.lora_enabled:
             new.enable_lora(old.lora_rank)
-        new.lora_alpha = old.lora_alpha  # Keras 3.15 loses it where LoRA comes from the configuration.
+        new.lora_alpha = old.lora_alpha  # Keras 3.15 loses it if LoRA comes from the configuration.
     for variable, counterpart in _variable_pairs(old, new):
         _keras.assign(counterpart, variable)
         if counterpart.trainable != variable.trainable:
             counterpart.trainable = variable.trainable
     _keras.set_trainable(new, old.trainable)
-    if hasattr(old, "save_assets"):  # Vocabularies, which are no variables.
+    if hasattr(old, "save_assets"):  # Such as vocabularies, which are not variables.
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
             new.load_assets(folder)
-    elif hasattr(old, "finalize_state"):  # `Normalization` computes what it uses from its variables.
+    elif hasattr(old, "finalize_state"):  # `Normalization` uses values that it computes from its variables.
         new.finalize_state()
 
 
@@ -109,7 +112,7 @@ def _variable_pairs(old, new):
     olds, news = _keras.own_variables(old), _keras.own_variables(new)
     names = [[variable.name for variable in variables] for variables in (olds, news)]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
-        # Variables made later, as by quantization, stand elsewhere when the layer is made with them.
+        # Variables that were added later, such as by quantization, come in another order in a layer made with them.
         olds, news = (sorted(variables, key=lambda variable: variable.name) for variables in (olds, news))
     described = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (olds, news)]
     if described[0] != described[1]:

@@ -1,7 +1,10 @@
-"""A model made anew from its configuration, changed on the way, with weights of its own.
+"""Makes a model anew from its configuration, which may be changed on the way.
 
 The layers of a graph are made one by one, so that classes and functions need not be registered. The state of the
-original is put into the new model by `copied_state.py`.
+original is copied by `copied_state.py`.
+
+Comes in: a model, and a function that changes configurations. Goes out: a new model with new weights. Called by:
+`with_dropout`.
 """
 
 import types
@@ -12,12 +15,12 @@ from rdrop_keras.keras_gaps import _keras
 
 
 class Copier:
-    """Makes layers, models and operations anew, each once.
+    """Makes new layers, models and operations, one for each old one.
 
     Args:
-        new_config: A function from a layer, or a model that is more than a graph of layers, to the configuration that
-            its copy is to have.
-        remedy: What the user can do where a model cannot be made anew.
+        new_config: A function from a layer, or from a model that is more than a graph of layers, to the configuration
+            of its copy.
+        remedy: What the user can do if a model cannot be made anew, for the error.
     """
 
     def __init__(self, new_config, remedy):
@@ -32,11 +35,13 @@ class Copier:
                 copy = _keras.copied_operation(operation)
             elif _keras.is_plain_graph(operation):
                 copy = self._of_graph(operation)
-                if operation.dtype_policy.quantization_mode is None:  # Of the layers, not of the model.
+                if (
+                    operation.dtype_policy.quantization_mode is None
+                ):  # Quantization belongs to the layers, not to the model.
                     copy.dtype_policy = operation.dtype_policy
             else:
                 copy = self._of_configuration(operation)
-            # The original is kept, so that no other object takes its id.
+            # The original is kept so that no other object gets its id.
             self._copies[id(operation)] = (operation, copy)
         return self._copies[id(operation)][1]
 
@@ -51,7 +56,7 @@ class Copier:
         cls = type(layer)
         try:
             config = self._new_config(layer)
-            if "preprocessor" in config:  # Its configuration has no vocabulary if that was read from a file.
+            if "preprocessor" in config:  # Its configuration lacks a vocabulary that was read from a file.
                 config["preprocessor"] = layer.preprocessor
             config.update(_own_functions(layer, config))
             with keras.saving.custom_object_scope(_own_objects(layer)):
@@ -67,7 +72,7 @@ class Copier:
 
 
 def _own_functions(layer, config):
-    """The entries of `config` that are functions of others on `layer`, such as a lambda: a name does not bring them."""
+    """The entries of `config` that are the user's functions on `layer`, such as a lambda. No name leads to them."""
     own = {}
     for name in config:
         value = vars(layer).get(name, vars(layer).get(f"_{name}"))
@@ -77,7 +82,7 @@ def _own_functions(layer, config):
 
 
 def _own_objects(layer):
-    """What is not Keras's in `layer` and is looked up by name: classes of layers, functions, initializers and such."""
+    """What is the user's in `layer` and is looked up by name: classes of layers, functions, initializers."""
     own = {}
     for inner in _keras.all_layers(layer):
         for value in (inner, *vars(inner).values()):

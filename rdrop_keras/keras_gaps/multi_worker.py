@@ -1,13 +1,14 @@
-"""What lets Keras's trainer run under `MultiWorkerMirroredStrategy`, where a plain `keras.Model` fails too.
+"""Lets Keras's trainer run under `MultiWorkerMirroredStrategy`, where a plain `keras.Model` fails too.
 
-Read in Keras 3.14.0 and 3.15.1, both of which need it, for two reasons:
+Comes in: the strategy, and functions of Keras's trainer. Goes out: the same, for several workers. Called by:
+`WrapperModel`. Keras 3.14.0 and 3.15.1, in which it was read, need it for two reasons:
 
 - To build what is not built, Keras reads a batch and averages it over replicas. Replicas of other processes, and parts
   of unequal size under any strategy, cannot be averaged. The dataset's `element_spec` tells the shapes as well.
-- Keras averages the logs of a step, scalars, along axis 0, which they do not have. The first replica's are taken here,
-  without communication; the logs of an epoch are the metrics, over all replicas, in any case.
+- Keras averages the logs of a step along axis 0, and scalars have no axis 0. Here those of the first replica are taken,
+  without communication. The logs of an epoch are the metrics over all replicas in any case.
 
-The second ends by itself with a Keras that does not ask for that axis. The first costs nothing and reads no data.
+With a Keras that does not ask for that axis, the second workaround switches itself off. The first costs nothing.
 """
 
 import contextvars
@@ -18,11 +19,11 @@ from keras import tree
 
 
 def batch_specification(epoch_iterator):
-    """The shapes and types of one replica's part of a batch, its number of rows unknown, of Keras's epoch iterator."""
+    """The shapes and types of one replica's part of a batch from Keras's epoch iterator, its number of rows unknown."""
     import tensorflow as tf
 
     def of_replica(spec):
-        spec = getattr(spec, "_value_specs", [spec])[0]  # Of a `PerReplicaSpec`.
+        spec = getattr(spec, "_value_specs", [spec])[0]  # Those of a `PerReplicaSpec`.
         if getattr(spec, "shape", None) is None:  # None, or a `tf.experimental.Optional` of it.
             return None
         return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
@@ -31,7 +32,7 @@ def batch_specification(epoch_iterator):
 
 
 class _LocalLogs:
-    """A strategy whose `run` gives the first local replica's results instead of all; else it is `strategy`."""
+    """`strategy`, except that `run` returns the results of the first local replica in place of all."""
 
     def __init__(self, strategy):
         self._strategy = strategy
@@ -48,12 +49,12 @@ _in_step_function = contextvars.ContextVar("rdrop_keras_in_step_function", defau
 
 
 def strategy_of_step(strategy):
-    """What Keras is to take for `strategy`."""
+    """The strategy to give to Keras in place of `strategy`."""
     return _LocalLogs(strategy) if _in_step_function.get() else strategy
 
 
 def with_local_logs(function, strategy):
-    """`function`, of Keras's for training or evaluation, such that it takes its logs from the first local replica."""
+    """`function`, one of Keras's for training or evaluation, with logs from the first local replica."""
     if strategy is None or not _is_multi_worker(strategy) or not _averages_scalars_along_an_axis():
         return function
 

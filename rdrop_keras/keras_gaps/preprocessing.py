@@ -1,8 +1,11 @@
 """Raw inputs of KerasHub tasks, which preprocess them in `fit`, `evaluate` and `predict` and not in `call`.
 
-All of that is KerasHub's `PipelineModel`, a `keras.Model` whose methods map `preprocess_samples` over the data and
-then call the same method of `keras.Model`. Here that last call is led to another model. KerasHub is never imported: a
-task brings its `PipelineModel` along.
+KerasHub does so in `PipelineModel`, a `keras.Model` whose methods map `preprocess_samples` over the data and then call
+the same method of `keras.Model`. Here that last call goes to another model. KerasHub is never imported, since a task
+brings its `PipelineModel` along.
+
+Comes in: a method's name, a task, and raw data. Goes out: the same method of another model, on preprocessed data.
+Called by: `WrapperModel`, and `monitor`.
 """
 
 import functools
@@ -25,11 +28,11 @@ def run(method, task, trained, args, kwargs):
         method: One of `METHODS`.
         task: A KerasHub task.
         trained: The model whose `method` receives the preprocessed inputs.
-        args: Those of `method`.
-        kwargs: Those of `method`.
+        args: The positional arguments of `method`.
+        kwargs: Its keyword arguments.
     """
     pipeline = pipeline_class(task)
-    # Not initialised, and no model to Keras: only a `self` for the methods of `PipelineModel`.
+    # It is not initialized and Keras never sees it: it only serves as `self` in the methods of `PipelineModel`.
     adapter = object.__new__(_adapter_class(pipeline))
     vars(adapter).update(preprocess_samples=task.preprocess_samples, trained=trained)
     return getattr(pipeline, method)(adapter, *args, **kwargs)
@@ -37,12 +40,12 @@ def run(method, task, trained, args, kwargs):
 
 @functools.cache
 def _adapter_class(pipeline):
-    # In the order of method resolution `_Receiver` stands behind `PipelineModel` and before `keras.Model`.
+    # In the method resolution order, `_Receiver` comes after `PipelineModel` and before `keras.Model`.
     return type("Adapter", (pipeline, _Receiver), {})
 
 
 class _Receiver(keras.Model):
-    """Where `super()` of `PipelineModel` leads: to the same method of the trained model."""
+    """What `super()` in `PipelineModel` finds: the same method of the trained model."""
 
     def fit(self, *args, **kwargs):
         return keras.Model.fit(self.trained, *args, **kwargs)

@@ -1,9 +1,12 @@
 """What a training step on several replicas of `tf.distribute` does beyond Keras's.
 
-Keras 3.14 to 3.15 mirrors the states of random generators, so that all replicas draw the same dropout masks, and gives
-the mean over a replica's rows the same weight on each replica, also where the last batch of an epoch is dealt unevenly.
-Here replicas draw masks of their own, and every row of the batch counts alike, as on one device. Neither communicates.
-With `keras.distribution` on JAX there is one program over the whole batch, and nothing to do.
+Keras 3.14 to 3.15 mirrors the states of random generators, so that all replicas draw the same dropout masks. It also
+gives each replica's mean the same weight, even if the last batch of an epoch is split unevenly. Here replicas draw
+masks of their own, and every row of the batch counts the same, as on one device. Neither needs communication. On JAX
+`keras.distribution` runs one program over the whole batch, and there is nothing to do.
+
+Comes in: a step on this replica's part of the batch, and its losses. Goes out: masks of its own, and losses weighted by
+rows. Called by: `WrapperModel.train_step`, the loss and α.
 """
 
 import contextlib
@@ -13,13 +16,13 @@ from keras import ops, tree
 
 from rdrop_keras.keras_gaps import random_state, step
 
-# Added to the seeds of the r-th replica r times. Large, so that they are not the seeds of other layers.
+# Added r times to the seeds of the r-th replica. It is large, so that they do not meet the seeds of other layers.
 _SEED_STRIDE = 1_640_531_527
 
 
 @contextlib.contextmanager
 def training_step(model, data):
-    """The step under way, of `model` on `data`, this replica's part of the batch; does nothing where there is one."""
+    """Within it, `model` takes a step on `data`, this replica's part of the batch. Does nothing on a single replica."""
     context = _replica_context()
     if context is None:
         yield
@@ -30,9 +33,9 @@ def training_step(model, data):
 
 
 def weigh(loss):
-    """`loss`, a mean over this replica's rows, with the gradient that it has as a part of the mean over all rows.
+    """`loss`, a mean over this replica's rows, with the gradient that it has as part of the mean over all rows.
 
-    Its value stays: Keras weighs by rows what it logs.
+    Its value stays the same, since Keras weights by rows what it logs.
     """
     share = _share()
     if share is None:
@@ -42,7 +45,7 @@ def weigh(loss):
 
 
 def weighed_value(value):
-    """`value`, a mean over this replica's rows, times what makes the mean over replicas that over all rows."""
+    """`value`, a mean over this replica's rows, scaled such that its mean over replicas is the mean over all rows."""
     share = _share()
     return value if share is None else ops.cast(share, value.dtype) * value
 
@@ -54,7 +57,7 @@ def total(value):
 
 
 def _share():
-    """The replica's rows in the step under way, as a multiple of the mean over replicas; None if all have the same."""
+    """The replica's rows in the current step, as a multiple of the mean over replicas; None if all have as many."""
     current = step.current()
     return None if current is None else current.share_of_rows
 
@@ -74,12 +77,12 @@ def _share_of_rows(context, data):
     tensor = next(leaf for leaf in tree.flatten(x) if leaf is not None)
     import tensorflow as tf
 
-    # Of known size all batches are whole, and dealt evenly; a TPU takes no others.
+    # A batch of static size is always full and split evenly. TPUs accept only such batches.
     if tensor.shape[0] is not None or isinstance(context.strategy, tf.distribute.TPUStrategy):
         return None
 
     def total(strategy, rows):
-        # Of the replicas of this process: those of others could be asked only by communication.
+        # Over the replicas of this process. Asking other processes would need communication.
         local = strategy.experimental_local_results(rows)
         return tf.add_n(local) / len(local)
 
@@ -89,7 +92,7 @@ def _share_of_rows(context, data):
 
 @contextlib.contextmanager
 def _own_masks(model, context):
-    """Within it the random generators of `model` are those of the replica; after it they are the same on all again."""
+    """Within it, the random generators of `model` are the replica's own. Afterwards they are the same on all."""
     states = random_state.states(model)
     shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
     for state, shift in zip(states, shifts):

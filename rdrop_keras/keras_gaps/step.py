@@ -1,11 +1,11 @@
-"""The training step under way, for code that Keras calls in the middle of it and gives nothing of ours.
+"""The current training step, for code that Keras calls in the middle of it without telling it our state.
 
 Comes in: the kind of step, from `WrapperModel.train_step`. Goes out: a `Step`, to the model's call, the loss and the
-replicas. Two context variables hold all state of this sort in the package; both are contexts and not attributes of the
-model, since `MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
+replicas. Two context variables hold all such state in the package. They are not attributes of the model, since
+`MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
 
 - `_current`, here: Keras calls `Model.call` and the loss by itself.
-- `multi_worker._in_step_function`: Keras asks the model for its strategy in many places, of which one needs another.
+- `multi_worker._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ class Step:
     """A training step on one replica.
 
     Attributes:
-        kind: What `WrapperModel.kind_of_step` says of it.
-        share_of_rows: The replica's rows as a multiple of the mean over replicas; None if all have the same.
-        notes: What parts of the loss leave for the whole.
+        kind: What `WrapperModel.kind_of_step` returned for it.
+        share_of_rows: The replica's rows as a multiple of the mean over replicas; None if all have as many.
+        notes: What the parts of the loss leave for the whole.
     """
 
     kind: object = None
@@ -34,13 +34,13 @@ class Step:
 
 
 def current():
-    """The `Step` under way; None outside of training steps."""
+    """The current `Step`; None outside of training steps."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def training(kind=None):
-    """Within it a step of that kind is under way."""
+    """Within it, the current step is of that kind."""
     token = _current.set(Step(kind))
     try:
         yield

@@ -1,7 +1,10 @@
 """The passes of a step: a model called so that its outputs are those of several passes over one batch.
 
-All passes go through the model in one call, as rows of one batch, wherever that gives each pass what it would have
-alone. Where it would not, they run one after another.
+All passes go through the model in one call, as rows of one batch, wherever each pass then gets the values it would have
+alone. Elsewhere they run one after another.
+
+Comes in: a batch of N rows and the number of passes m. Goes out: outputs of mN rows. Called by: `RDropModel` in its
+paired steps, and `monitor`.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ class Passes:
     """Calls `model` for several passes.
 
     Args:
-        model: A `keras.Model`. What cannot be known before it is built is looked at in the first call.
+        model: A `keras.Model`. If it is not built, its layers are examined in the first call.
         share: `"deterministic"`, `"nothing"`, or the name of a layer.
         dropout_rates: None, or a rate for each pass.
 
@@ -38,7 +41,7 @@ class Passes:
         if model.built:
             self.refresh()
         elif not isinstance(model, keras.Sequential):
-            PairedGraph(model, share)  # For its errors: no graph will come of this model, but its layers are not known.
+            PairedGraph(model, share)  # For its errors alone: the layers are not known yet.
             if dropout_rates is not None:
                 raise ValueError(
                     "`dropout_rates` needs the layers of `model`, which are made when it is built: call it on a batch "
@@ -46,14 +49,14 @@ class Passes:
                 )
 
     def refresh(self):
-        """Looks at the layers of the model, which must be built, if that is not done or their rates have changed."""
+        """Examines the layers of the model, which must be built, if they are new or their rates have changed."""
         if self.graph is not None and self._rates_seen.hold():
             return
         randomness.check_stochastic(self.model)
         self.graph = PairedGraph(self.model, self.share)
         self._rates = None if self.dropout_rates is None else randomness.DropoutRates(self.model)
         self._rates_seen = randomness.Rates(self.model)
-        # Of a model that is no graph of layers the shapes tell, when there are some.
+        # If the model is no graph of layers, the shapes of the first batch tell.
         self._separate = True if self.graph.separate else False if self.graph.knows_layers else None
 
     def __call__(self, inputs, num_passes, training):
@@ -66,7 +69,7 @@ class Passes:
         self.refresh()
         at_rates = self._at_rates(num_passes)
         if self.graph.knows_layers:
-            # With rates the graph runs layer by layer also where it shares nothing: each layer is at a rate by itself.
+            # With rates the graph runs layer by layer even if it shares nothing, since each layer is set by itself.
             if self.graph.shares or at_rates is not None:
                 return self.graph(inputs, num_passes, training, at_rates)
         elif self._separate is None and at_rates is None:
@@ -81,14 +84,14 @@ class Passes:
         return tiling.concatenate(outputs)
 
     def _at_rates(self, num_passes):
-        """For each pass a context for the calls of layers, if the passes run one after another; else None."""
+        """One context for each pass, to call layers in, if the passes run one after another; else None."""
         if self._rates is not None:
             return [functools.partial(self._rates.at, rate) for rate in self.dropout_rates]
         return [contextlib.nullcontext] * num_passes if self._separate else None
 
 
 def _relates_rows(model, inputs, training):
-    """Whether a row of the outputs of `model` may depend on other rows, as far as shapes tell."""
+    """Whether an output row of `model` may depend on several rows, as far as shapes tell."""
 
     def shapes(size):
         specs = tree.map_structure(
@@ -98,13 +101,13 @@ def _relates_rows(model, inputs, training):
 
     try:
         pairs = zip(*map(shapes, BATCH_SIZES))
-    except Exception:  # Of any kind: what does not run at another batch size cannot run on the rows of all passes.
+    except Exception:  # Any: a model that does not run at another batch size cannot run on the rows of all passes.
         return True
     return not all(map(follows_batch, pairs))
 
 
 def check_dropout_rates(rates, num_passes):
-    """Raises if `rates` is not None and not a rate for each pass."""
+    """Raises if `rates` is neither None nor one rate for each pass."""
     if rates is None:
         return
     if isinstance(rates, np.ndarray) and rates.ndim == 1:
@@ -123,7 +126,7 @@ def check_dropout_rates(rates, num_passes):
 
 
 def check_share(share):
-    """Raises if `share` is no string; whether it names a layer is seen when the graph is made."""
+    """Raises if `share` is not a string. Whether it names a layer is checked when the graph is made."""
     if not isinstance(share, str):
         raise TypeError(
             "`share` must be 'deterministic', 'nothing' or the name of a layer. "

@@ -2,8 +2,11 @@
 
     x (N) → deterministic layers (N) → tile → random layers and all that follows (mN) → P_1 … P_m
 
-It lists the calls that a Functional or Sequential model records, those of nested models in their place, and marks each
-to run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
+It lists the calls that a Functional or Sequential model records, including those of nested models, and marks each to
+run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
+
+Comes in: a model and `share`, later batches of N rows. Goes out: marked calls, later outputs of mN rows. Called by:
+`Passes`, and `report` for the marks.
 """
 
 import contextlib
@@ -33,12 +36,12 @@ class PairedGraph:
         separate: Why the passes must run one after another and not as rows of one batch; None if they need not.
 
     Args:
-        model: A built `keras.Model`. Of one that is no graph of layers, nothing is shared.
+        model: A built `keras.Model`. A model that is no graph of layers shares nothing.
         share: `"deterministic"`, `"nothing"`, or the name of a layer.
 
     Raises:
-        ValueError: If `share` names no layer or more than one, or leaves nothing random or no batch after it; if a
-            layer that runs for every pass keeps a state for each row.
+        ValueError: If `share` names no layer or several, or a layer after which nothing is random or axis 0 is not the
+            batch; if a layer that runs for every pass keeps a state for each row.
     """
 
     def __init__(self, model, share):
@@ -74,7 +77,7 @@ class PairedGraph:
 
     @property
     def knows_layers(self):
-        """Whether the model is a graph of layers, and not one call as a whole."""
+        """Whether the model is a graph of layers, and not a single call."""
         return self._functional is not None
 
     @property
@@ -96,14 +99,14 @@ class PairedGraph:
         )
 
     def __call__(self, inputs, num_passes, training, at_rates=None):
-        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`.
+        """The outputs of all passes, `(mN, …)`, for `inputs` of N rows.
 
         Args:
             inputs: What the model is called with.
             num_passes: m.
-            training: As of the model.
-            at_rates: For each pass a function from an operation to a context in which its calls run. The passes then
-                run one after another, and batch normalization behind the first dropout sees them one by one.
+            training: As for the model.
+            at_rates: One function for each pass, from an operation to the context in which it is called. The passes
+                then run one after another, and batch normalization after the first dropout sees them one by one.
         """
         once = dict(zip(self._inputs, _keras.standardized(self.model, self._functional, inputs)))
         with _keras.call_context(self.model, training), _keras.autocast_scope(self.model):
@@ -117,7 +120,7 @@ class PairedGraph:
         return _keras.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
 
     def _run(self, program, tensors, training, repeated, at_rate=contextlib.nullcontext):
-        """Runs the calls that are, or are not, repeated."""
+        """Runs those calls that are repeated, or those that are not."""
         for item in program:
             if isinstance(item, _Nested):
                 with _keras.name_scope(item.model), _keras.autocast_scope(item.model):
@@ -164,7 +167,7 @@ class PairedGraph:
 
 
 class _Tensors:
-    """The tensors of one run, computed once or for every pass; the first are repeated when a pass needs them."""
+    """The tensors of one run. What was computed once is repeated when a repeated call needs it."""
 
     def __init__(self, once, num_passes):
         self._once = once
@@ -183,7 +186,7 @@ class _Tensors:
 
 
 def num_parameters(weights):
-    """How many numbers `weights` have in all."""
+    """The number of values in all of `weights`."""
     return sum(math.prod(weight.shape) for weight in weights)
 
 
@@ -196,7 +199,7 @@ def _flat(program):
 
 
 def _nested_call(node):
-    """The Functional model that `node` calls, and the node's tensors for its inputs and their masks; else Nones."""
+    """The Functional model that `node` calls, with the tensors and masks it gives it; three Nones if there is none."""
     args, kwargs = node.arguments.args, node.arguments.kwargs
     functional = _keras.functional(node.operation) if isinstance(node.operation, keras.Model) else None
     if functional is None or len(args) != 1 or set(kwargs) - {"mask", "training"}:

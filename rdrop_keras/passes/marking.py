@@ -12,7 +12,7 @@ from keras import tree
 from rdrop_keras.keras_gaps import _keras
 from rdrop_keras.passes import randomness
 
-# Batch sizes at which shapes are run: an axis that follows both is the batch.
+# The batch sizes at which shapes are computed. An axis that follows both is the batch.
 BATCH_SIZES = (2, 3)
 
 
@@ -27,7 +27,7 @@ class LayerCall:
         outputs: Slots of the flat outputs.
         repeated: Whether it runs for every pass.
         reason: Why it does, or does not.
-        origin: The call it runs for every pass because of, if it does so for another's sake.
+        origin: The call that it follows, if it is repeated because of another.
         weights: The weights of the operation, if it is a layer.
     """
 
@@ -50,7 +50,7 @@ class LayerCall:
         self.reason = reason
 
     def follow(self, call):
-        """Repeats it because it gets what `call` gives."""
+        """Repeats it because it uses an output of `call`."""
         self.origin = call.origin or call
         self.repeat(f"follows {self.origin.name}")
 
@@ -64,10 +64,10 @@ class Conversion(LayerCall):
 
 
 def up_to(share, calls):
-    """Those of `calls` that the layer called `share` needs, its own among them."""
+    """The calls that the layer named `share` depends on, and its own."""
     named = [call for call in calls if not isinstance(call, Conversion)]
     names = {call.name: call for call in named}
-    for call in named:  # A nested model has the name that its calls share.
+    for call in named:  # The first part of their names is that of a nested model.
         parts = call.name.split("/")
         names.update(("/".join(parts[:i]), call) for i in range(1, len(parts)))
     paths = sorted(name for name in names if name == share or name.endswith(f"/{share}"))
@@ -94,7 +94,7 @@ def up_to(share, calls):
 
 
 def _hint(paths, inside, close):
-    """What may have been meant by a name of no layer, or of several."""
+    """What the user may have meant by a name that fits no layer, or several."""
     if paths:
         return f"More than one has it: {', '.join(map(repr, paths))}."
     if inside:
@@ -103,7 +103,7 @@ def _hint(paths, inside, close):
 
 
 def mark(calls, once, share, shapes, outputs):
-    """Marks the `calls` to repeat, those in `once` aside, so that `outputs`, slots, can be had for every pass."""
+    """Marks the `calls` to repeat, except those in `once`, such that the slots `outputs` exist for every pass."""
     for call in once:
         call.reason = f"up to {share!r}"
     for call in calls:
@@ -140,7 +140,7 @@ def mark(calls, once, share, shapes, outputs):
 
 
 def shapes_at(batch_size, calls, inputs):
-    """`{slot: shape}` of the `calls`, as far as they can be run symbolically, from `inputs`, `{slot: KerasTensor}`.
+    """`{slot: shape}`, as far as `calls` can be run symbolically on `inputs`, `{slot: KerasTensor}`.
 
     None in a shape is an axis of unknown size.
     """
@@ -166,14 +166,14 @@ def shapes_at(batch_size, calls, inputs):
             args, kwargs = call.node.arguments.fill_in(values)
             try:
                 outputs = tree.flatten(call.operation.compute_output_spec(*args, **kwargs))
-            except Exception:  # Of any kind: what cannot be run is not proven.
+            except Exception:  # Any: the shapes of what cannot be run stay unknown.
                 continue
         specs.update(zip(call.outputs, outputs))
     return {slot: spec.shape for slot, spec in specs.items()}
 
 
 def why_separate(calls, shapes=None):
-    """Why those of `calls` that run for every pass must do so one pass after another; None if they need not."""
+    """Why the repeated `calls` must run one pass after another; None if they need not."""
     known = dict(_pairs(shapes)) if shapes else {}
     for call in calls:
         if not call.repeated:
@@ -200,12 +200,12 @@ def _relates_rows(call, known):
         return True
     if randomness.treats_rows_alike(call.operation) and all(follows_batch(known[slot]) for slot in inputs):
         return False
-    # A batch of rows that were cut into equal parts is one too, such as (N · length, channels).
+    # Rows that were cut into equal parts, such as (N · length, channels), are still on their own.
     return not all(slot in known and _is_proportional(known[slot]) for slot in call.outputs)
 
 
 def _axis_is_batch(call, known):
-    """Whether the operation works along axis 0 of a tensor on which that is the batch."""
+    """Whether the operation works along the batch axis of a tensor."""
     axes = getattr(call.operation, "axis", None)
     axes = axes if isinstance(axes, (list, tuple)) else [axes]
     arguments = tree.flatten(call.node.arguments.args[:1]) if call.node is not None else []
@@ -215,7 +215,7 @@ def _axis_is_batch(call, known):
 
 
 def _is_proportional(pair):
-    """Whether axis 0, and no other, grows with the batch, or is of unknown size, as some layers declare theirs."""
+    """Whether axis 0, and no other, grows with the batch. It may be unknown, as some layers declare it."""
     first, second = pair
     if not first or first[1:] != second[1:]:
         return False
@@ -225,12 +225,12 @@ def _is_proportional(pair):
 
 
 def follows_batch(pair):
-    """Whether of the shapes of a tensor at the two `BATCH_SIZES` axis 0, and no other, is the batch."""
+    """Whether axis 0, and no other, is the batch, by a tensor's shapes at the two `BATCH_SIZES`."""
     first, second = pair
     return (first[:1], second[:1]) == tuple((size,) for size in BATCH_SIZES) and first[1:] == second[1:]
 
 
 def _pairs(shapes):
-    """`(slot, shapes at the two batch sizes)` of all slots known at both."""
+    """`(slot, its shapes at the two batch sizes)` for all slots that are known at both."""
     first, second = shapes
     return [(slot, (shape, second[slot])) for slot, shape in first.items() if slot in second]

@@ -1,11 +1,14 @@
 """Which layers are random in training, and which are known not to be.
 
-A layer counts as deterministic only if its code is Keras's or KerasHub's and shows nothing random, or if it says so by
+A layer counts as deterministic only if its code is Keras's or KerasHub's and shows nothing random, or if it declares
 
     rdrop_stochastic = False
 
-set on the class or the layer: in training its outputs depend on its inputs and weights alone, it changes no state, and
-each row of the batch gives its own row of the outputs. `rdrop_stochastic = True` says that it is random.
+on the class or the layer. That promises: in training its outputs depend on its inputs and weights alone, it changes no
+state, and each row of the outputs depends on one row of the batch. `rdrop_stochastic = True` declares it random.
+
+Comes in: a model, a layer or an operation. Goes out: which layers are random, and why one counts as random. Called by:
+the other modules of `passes`, and `with_dropout`.
 """
 
 import contextlib
@@ -18,24 +21,25 @@ import keras
 from rdrop_keras.keras_gaps import _keras
 from rdrop_keras.passes import rates
 
-# Layers and operations of Keras that run code of others.
+# Layers and operations of Keras that run code from elsewhere.
 _FOREIGN = (
     *("FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"),
     *("AssociativeScan", "Cond", "ForiLoop", "Map", "Scan", "Switch", "VectorizedMap", "WhileLoop"),
 )
-# What a subclass from elsewhere may define and still compute what its Keras parent computes.
+# A subclass from elsewhere that defines only these still computes what its Keras parent computes.
 _HARMLESS = ("__init__", "build", "compute_output_shape", "from_config", "get_build_config", "get_config")
-# Callables kept on a layer that have no part in its outputs.
+# Callables on a layer that do not take part in computing its outputs.
 _NOT_CALLED = re.compile("_(initializer|regularizer|constraint)$")
-# How Keras and KerasHub name the strength of a layer's randomness. A layer without it is always random.
+# The names under which Keras and KerasHub keep the strength of a layer's randomness. A random layer without one is
+# always random.
 _DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
 _RATES = (*_DROPOUT_RATES, "stddev")
 # Layers of Keras that draw one number for all rows of a batch.
 _ONCE_A_BATCH = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomCrop", "RandomElasticTransform")
-# Some draw from Keras's global seed and some make their seed only for a rate above 0: these are known by name.
+# Known by name, since some draw from Keras's global seed and some make a seed only for a rate above 0.
 _DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise")
-# The only layers whose non-trainable variables are known to leave a shared computation exact. Batch normalization
-# updates them by the mean and variance of the batch, which those of the batch repeated equal; the other never does.
+# The only layers with non-trainable variables that can run once for all passes. Batch normalization updates them by
+# the mean and variance of the batch, which are the same when the batch is repeated. `Normalization` never updates them.
 _EXACT_STATE = ("BatchNormalization", "Normalization")
 
 
@@ -43,9 +47,9 @@ def classify(model):
     """The layers of `model` by what is known of their randomness in training.
 
     Returns:
-        Three lists. `active`: layers that draw random numbers. `inactive`: `(layer, rates)` of those that would,
-        were their rates above 0. `opaque`: layers whose code comes from outside Keras and KerasHub and may draw or
-        not. Models are not among the last: their `call` as a rule only connects layers.
+        Three lists. `active`: layers that draw random numbers. `inactive`: `(layer, rates)` of those that would if
+        their rates were above 0. `opaque`: layers with code from outside Keras and KerasHub, which may draw or not.
+        Models are never `opaque`, since their `call` usually only connects layers.
     """
     active, inactive, opaque = [], [], []
     for layer in _keras.all_layers(model):
@@ -62,7 +66,7 @@ def classify(model):
 
 
 def why_stochastic(operation):
-    """Why `operation`, a layer or `keras.Operation`, must be taken for random in training; None if it need not be."""
+    """Why `operation`, a layer or `keras.Operation`, counts as random in training; None if it does not."""
     if not isinstance(operation, keras.Layer):
         return None if _is_vouched(operation) else f"may be random: {type(operation).__name__} runs code of others"
     active, _, opaque = classify(operation)
@@ -84,12 +88,12 @@ def why_stochastic(operation):
 
 
 def treats_rows_alike(operation):
-    """Whether `operation` is known to give each row of outputs from the same row of inputs, all with a batch first."""
+    """Whether `operation` is known to compute each row of its outputs from the same row of its inputs."""
     return isinstance(operation, keras.Layer) and all(map(_is_vouched, _keras.all_layers(operation)))
 
 
 def drawing_once_a_batch(operation):
-    """The first layer in `operation` that draws numbers in which all rows of a batch share, or None."""
+    """The first layer in `operation` that draws the same numbers for all rows of a batch, or None."""
     for layer in _keras.all_layers(operation):
         noise_shape = getattr(layer, "noise_shape", None)
         if type(layer).__name__ in _ONCE_A_BATCH or (noise_shape is not None and tuple(noise_shape)[:1] == (1,)):
@@ -109,7 +113,7 @@ def check_stateless(operation):
 
 
 class Rates:
-    """The rates of the layers of `model`, as they were when this was made."""
+    """The rates of the layers of `model` at the time this object was made."""
 
     def __init__(self, model):
         self._rates = [
@@ -124,8 +128,8 @@ class Rates:
 class DropoutRates:
     """Runs layers of `model` at another dropout rate, for the passes of a step (section 4.4 of the paper).
 
-    All rates above 0 are replaced, those of attention and recurrent dropout too; layers at 0 stay there. Afterwards
-    they are what they were when this was made, whatever happens between, in another thread too.
+    All rates above 0 are replaced, those of attention and recurrent dropout too. Layers at 0 stay at 0. Afterwards the
+    rates are again what they were when this object was made, whatever another thread does in between.
 
     Raises:
         ValueError: If no layer of `model` has a dropout rate above 0.
@@ -155,7 +159,7 @@ class DropoutRates:
         own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
         normalizer = next((layer for layer in layers if getattr(layer, "synchronized", False)), None)
         if own and normalizer is not None and self._num_replicas > 1:
-            # Replicas are traced in threads that take turns where they meet: others would run at this pass's rate.
+            # Replicas are traced in threads that take turns where they wait. The others would run at this pass's rate.
             raise ValueError(
                 "On several replicas, `dropout_rates` cannot act on a layer or model that holds both dropout and "
                 "synchronized batch normalization. Make it of Functional models, or give `synchronized=False`. "
@@ -174,8 +178,8 @@ def check_stochastic(model):
     """Raises if the passes of `model` would be identical.
 
     Raises:
-        ValueError: If no layer is random in training. A model with no dropout layer at all is let through if its
-            `call`, or that of a model in it, is the user's own: it may draw random numbers by itself.
+        ValueError: If no layer is random in training. A model without any dropout layer passes if its `call`, or that
+            of a model in it, is the user's own, since it may draw random numbers by itself.
     """
     active, inactive, opaque = classify(model)
     if opaque or (active and _keras.takes_training(model)):
@@ -219,7 +223,7 @@ def _is_vouched(operation):
 
 
 def _is_known(operation):
-    """Whether all code that makes the outputs of `operation`, sublayers aside, is Keras's or KerasHub's."""
+    """Whether all code that computes the outputs of `operation`, except its sublayers, is Keras's or KerasHub's."""
     if type(operation).__name__ in _FOREIGN or "call" in vars(operation):
         return False
     for cls in type(operation).__mro__:
@@ -237,7 +241,7 @@ def _is_code(value):
 
 
 def _is_foreign_callable(attribute):
-    """Whether an attribute is a function that a layer may call on its inputs, such as an activation, of others."""
+    """Whether an attribute is a function from elsewhere that a layer may call on its inputs, such as an activation."""
     name, value = attribute
     while isinstance(value, functools.partial):
         value = value.func

@@ -1,7 +1,10 @@
-"""Where the configuration of a model has places for dropout rates, and the same configuration with other rates.
+"""The dropout rates in the configuration of a model, and the same configuration with other rates.
 
-A configuration is what `get_config` returns. It says where a model could have dropout, also where none was made because
-the rate is 0. Which layers of a model are random is in `randomness.py`.
+A configuration is what `get_config` returns. It has a place for a rate even where the model made no dropout layer since
+the rate is 0. Which layers of a model are random is decided in `randomness.py`.
+
+Comes in: a model or its configuration. Goes out: a configuration with other rates. Called by: `with_dropout`, and
+`randomness` to choose the remedy in an error.
 """
 
 import contextlib
@@ -11,21 +14,18 @@ import warnings
 
 from rdrop_keras.keras_gaps import _keras
 
-# How Keras, KerasHub and timm name the rate of a dropout.
+# The names of dropout rates in Keras, KerasHub and timm.
 _DROPOUT = re.compile(r"dropout|(^|_)drop(_rate|_prob|_p)?$")
-# Stochastic depth drops branches of the network by a schedule of its own.
+# Stochastic depth drops whole branches of the network, at rates that grow with depth.
 _DEPTH = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
-# Recurrent dropout keeps Keras from its fast implementations.
+# Recurrent dropout is left alone, since Keras's fast implementations do not have it.
 _NEITHER = re.compile(r"recurrent|seed|(^|_)num_|drop_?block", re.IGNORECASE)
-# Names that say what they are only together with the name of the class, such as that of `Dropout(rate)`.
+# Names that are dropout rates only in some classes, such as `rate` in `Dropout(rate)`.
 _OF_CLASS = ("rate", "drop_rate", "drop_prob")
 
 
 def kind(model):
-    """What `with_dropout` is to set in `model`: "dropout", or "depth" if there is nothing else, or None.
-
-    "depth" is stochastic depth.
-    """
+    """What `with_dropout` is to set in `model`: "dropout", else "depth", which is stochastic depth, else None."""
     found = set()
 
     def note(kind, rate):
@@ -39,7 +39,7 @@ def kind(model):
 
 
 def parts(model):
-    """The layers whose configurations together are that of `model`: those in its graph, or `model` itself."""
+    """The layers whose configurations make up that of `model`: those in its graph, or `model` itself."""
     if not _keras.is_plain_graph(model):
         return [model]
     return [part for layer in model.layers for part in parts(layer)]
@@ -53,12 +53,12 @@ def configuration(layer):
 
 
 def with_rates(config, new_rate, class_name=""):
-    """A copy of `config`, of a class of that name, in which each rate is `new_rate(kind, rate)`.
+    """A copy of `config`, that of a `class_name`, in which each rate is `new_rate(kind, rate)`.
 
-    A rate is a number ≥ 0 and < 1 whose name says that it is one. Its kind is "dropout" or "depth".
+    A rate is a number ≥ 0 and < 1 with the name of a rate. Its kind is "dropout" or "depth".
     """
     return {
-        # A preprocessor is no part of the network.
+        # A preprocessor is not part of the network.
         name: value if name == "preprocessor" else _replaced(name, value, new_rate, class_name)
         for name, value in config.items()
     }
@@ -69,7 +69,7 @@ def _replaced(name, value, new_rate, class_name):
         if "class_name" not in value or not isinstance(value.get("config"), dict):
             return with_rates(value, new_rate)
         inner = with_rates(value["config"], new_rate, str(value["class_name"]))
-        # To compile it again would ask for losses and metrics that may not be registered.
+        # Compiling it again would need losses and metrics that may not be registered.
         return {**{key: entry for key, entry in value.items() if key != "compile_config"}, "config": inner}
     if isinstance(value, (list, tuple)):
         return type(value)([_replaced(name, entry, new_rate, class_name) for entry in value])

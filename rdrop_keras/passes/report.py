@@ -1,4 +1,8 @@
-"""What an `RDropModel` acts on and what it computes once, as reports to read."""
+"""Reports for users: what an `RDropModel` acts on, and what it computes once.
+
+Comes in: a model, or an `RDropModel` around it. Goes out: a printable table of its calls, or a list of its random
+layers. Called by: users, through `rdrop_keras`.
+"""
 
 import itertools
 from typing import NamedTuple
@@ -20,11 +24,11 @@ class Call(NamedTuple):
 
 
 class Sharing:
-    """What the passes of R-Drop compute once; printed, it is a table with a row for each run of like calls.
+    """What the passes of R-Drop compute once. It prints as a table, in which neighbouring calls of a kind share a row.
 
     Attributes:
         calls: A list of `Call`, in the order in which they run.
-        summary: One line on all of them.
+        summary: One line about all of them.
     """
 
     def __init__(self, graph):
@@ -59,21 +63,21 @@ def sharing(model, share="deterministic"):
     """What R-Drop would compute once for all passes of `model`, what for every pass, and why.
 
     Layers before the first that is random in training give every pass the same values, so `RDropModel` runs them once
-    per step. A layer counts as random if it is, or if it cannot be known not to be: a subclassed model, a `Lambda`, an
-    activation of one's own, a layer from outside Keras and KerasHub that does not set `rdrop_stochastic = False`, a
-    layer with non-trainable variables other than batch normalization. So does one whose output has something else than
-    the batch on axis 0.
+    per step. A layer counts as random if it is random or may be: a subclassed model, a `Lambda`, an activation of your
+    own, a layer from outside Keras and KerasHub that does not set `rdrop_stochastic = False`, a layer with
+    non-trainable variables other than batch normalization. A layer also runs for every pass if axis 0 of its output is
+    not the batch.
 
     Args:
-        model: A built `keras.Model`, or an `RDropModel`, whose wrapped model is meant.
+        model: A built `keras.Model`, or an `RDropModel` around one.
         share: As for `RDropModel`: `"deterministic"`, `"nothing"` or the name of a layer.
 
     Returns:
-        A `Sharing`, which prints as a table; `.calls` has a row for each call of a layer, and `.summary` is one line.
+        A `Sharing`, which prints as a table. `.calls` has a row for each call of a layer, and `.summary` is one line.
 
     Raises:
         TypeError: If `model` is no `keras.Model` or `share` no string.
-        ValueError: If `model` is not built, or `share` names no layer after which something random comes.
+        ValueError: If `model` is not built, or `share` names no layer that is followed by a random one.
 
     Example:
 
@@ -94,14 +98,14 @@ def sharing(model, share="deterministic"):
 
 
 def stochastic_layers(model):
-    """The layers of `model` that are random in training, which R-Drop acts on.
+    """The layers of `model` that are random in training, on which R-Drop acts.
 
     Args:
         model: A `keras.Model`, built so that all of its layers exist, or an `RDropModel` around one.
 
     Returns:
-        A list of layers, sublayers of other layers among them. Layers whose rate is 0 are left out, and so are those
-        from outside Keras and KerasHub that show no seed and declare no `rdrop_stochastic`.
+        A list of layers, including sublayers of other layers. Layers whose rate is 0 are left out, and so are those
+        from outside Keras and KerasHub that have no seed and do not declare `rdrop_stochastic`.
 
     Raises:
         TypeError: If `model` is no `keras.Model`.

@@ -1,8 +1,11 @@
-"""Several passes in one: how tensors of passes are put together and taken apart.
+"""Several passes in one tensor: how passes are joined and split again.
 
 Passes lie one after another on axis 0: `(N, …)` becomes `(mN, …)`, all rows of the first pass, then all of the second.
-Under `keras.distribution` the passes of a row stand together instead, so that each device keeps the rows it has: it
-holds a stretch of axis 0, and devices would have to exchange the rows of passes that lie apart.
+Under `keras.distribution` the passes of a row lie next to each other instead. Each device holds a stretch of axis 0 and
+so keeps its own rows; otherwise devices would have to exchange them.
+
+Comes in: tensors of N rows for each pass, or of mN rows. Goes out: tensors of mN rows, or of N rows for each pass.
+Called by: the paired graph, `Passes`, the objective and `monitor`.
 """
 
 import keras
@@ -21,10 +24,9 @@ def tile(tensors, num_passes):
 
 
 def concatenate(passes):
-    """Puts passes, nested structures of `(N, …)` tensors, together to one structure of `(mN, …)`; None stays None.
+    """Joins passes, nested structures of `(N, …)` tensors, into one structure of `(mN, …)`; None stays None.
 
-    Keras's masks and cached logits are put together with their tensors. A scalar, which has no rows, is the first
-    pass's.
+    Keras's masks and cached logits are joined with their tensors. A scalar has no rows: that of the first pass is kept.
     """
     if len(passes) == 1:
         return passes[0]
@@ -41,7 +43,7 @@ def concatenate(passes):
 def split(tensors, num_passes):
     """The passes of each tensor of a nested structure: a list of `num_passes` structures of `(N, …)` tensors.
 
-    Keras's masks and cached logits go with the tensors. What has no rows to split is the same in all passes.
+    Keras's masks and cached logits are split with their tensors. What has no rows is given to all passes as it is.
     """
 
     def parts(tensor):
@@ -63,7 +65,7 @@ def split(tensors, num_passes):
 
 
 def has_rows(tensor, num_passes):
-    """Whether axis 0 of `tensor` can be the rows of `num_passes` passes."""
+    """Whether axis 0 of `tensor` can hold the rows of `num_passes` passes."""
     return len(tensor.shape) > 0 and (tensor.shape[0] is None or tensor.shape[0] % num_passes == 0)
 
 

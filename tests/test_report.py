@@ -1,9 +1,12 @@
+"""Reports: what runs once for all passes and why, and which layers are random."""
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import rdrop_keras
+from models import mlp
 from rdrop_keras.keras_gaps import step
 
 
@@ -49,7 +52,7 @@ def test_share():
 
 @pytest.mark.parametrize("share", ["deterministic", "shift"])
 def test_augmentation_inside_the_model(share):
-    """Each row of each pass has a shift of its own, unless `share` names the layer: then both passes have one view."""
+    """Each row of each pass has its own shift. If `share` names the layer, both passes have the same shifts."""
     inputs = keras.Input((8, 8, 1))
     shifted = layers.RandomTranslation(0.5, 0.5, fill_mode="constant", name="shift", seed=1)(inputs)
     dropped = layers.Dropout(0.5, name="drop", seed=2)(shifted)
@@ -58,7 +61,7 @@ def test_augmentation_inside_the_model(share):
     assert [(call.name, call.once) for call in report.calls] == [("shift", share == "shift"), ("drop", False)]
 
     wrapper = rdrop_keras.RDropModel(model, share=share)
-    x = np.ones((3, 8, 8, 1), "float32")  # Equal images: only their shifts can tell them apart.
+    x = np.ones((3, 8, 8, 1), "float32")  # The images are equal, so that only their shifts differ.
     keras.utils.set_random_seed(3)
     with step.training(2):
         shifted, dropped = (ops.convert_to_numpy(y) for y in wrapper(ops.convert_to_tensor(x), training=True))
@@ -116,3 +119,11 @@ def test_summary_ends_with_a_line_on_sharing(alpha, capsys):
         assert "Total params: 162" in text
         line = "R-Drop: 2 of 6 layer calls (44.4% of the parameters) run once for all passes, share='backbone'"
         assert (line in text) == (alpha > 0)
+
+
+def test_stochastic_layers():
+    model = mlp()
+    assert rdrop_keras.stochastic_layers(model) == [model.layers[1]]
+    assert rdrop_keras.stochastic_layers(rdrop_keras.RDropModel(model)) == [model.layers[1]]
+    with pytest.raises(TypeError, match=r"`model` must be a keras.Model"):
+        rdrop_keras.stochastic_layers([])

@@ -11,7 +11,7 @@ from rdrop_keras.passes import rates
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6
-HALF_TOLERANCE = 1e-2  # Eight bits of bfloat16; in these types the backends round differently from call to call.
+HALF_TOLERANCE = 1e-2  # Eight bits of bfloat16. In 16 bits the backends round differently from call to call.
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def outputs(model, x):
 
 
 def randomized(model):
-    """Weights that tell layers apart, biases and scales too."""
+    """Gives all weights different values, biases and scales too."""
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(rng.normal(scale=0.3, size=variable.shape))
@@ -35,7 +35,7 @@ def randomized(model):
 
 
 def check_same(new, model, x):
-    """That all but the rates of `new` is that of `model`."""
+    """Asserts that `new` differs from `model` in its rates alone."""
     assert type(new) is type(model) and new.name == model.name
     assert new.dtype_policy == model.dtype_policy
     assert keras.tree.map_structure(lambda t: t.dtype, new(x)) == keras.tree.map_structure(lambda t: t.dtype, model(x))
@@ -119,7 +119,7 @@ def test_rates_in_a_configuration():
 
 
 def functional():
-    """Every way in which a graph holds layers: shared, nested, called twice, operators, arguments, two outputs."""
+    """All ways to have layers in a graph: shared, nested, called twice, operators, arguments, two outputs."""
     x, z = keras.Input((5, 8), name="x"), keras.Input((5, 8), name="z")
     shared = layers.Dense(8, name="shared")
     inner = keras.Sequential([keras.Input((5, 8)), layers.Dense(8), layers.Dropout(0.0, name="inner")], name="twice")
@@ -147,7 +147,7 @@ def test_functional_model():
     assert new.get_layer("attention").get_config()["dropout"] == 0.1
     assert rates_of(model)["spatial"] == rates_of(model)["inner"] == 0.0
     assert model.get_layer("attention").get_config()["dropout"] == 0.0
-    # Weights of its own: what one learns the other does not.
+    # It has its own weights: what one model learns, the other does not.
     new.compile("sgd", {"a": "mse"})
     new.fit(batch(), {"a": np.ones((4, 3))}, verbose=0)
     for variable, value in zip(model.variables, before, strict=True):
@@ -484,7 +484,7 @@ def test_backbones(hub, name):
     new = check_same(with_dropout(model, 0.1), model, inputs_of(model))
     assert all(new.get_config()[rate] == 0.1 for rate in NAMES.get(name, ("dropout",)))
     assert all(model.get_config()[rate] == 0 for rate in NAMES.get(name, ("dropout",)))
-    # MiT has dropout that no configuration tells.
+    # MiT has dropout that is not in its configuration.
     assert len(stochastic_layers(new)) > len(stochastic_layers(model)) and (
         name == "MiT" or not stochastic_layers(model)
     )
@@ -495,7 +495,7 @@ def test_rates_above_0_of_a_configuration_are_set_too(hub):
     task = hub.models.ViTImageClassifier(backbone(hub, "ViT", dropout_rate=0.3), 2, dropout=0.5)
     new = with_dropout(task, 0.1)
     assert (new.dropout, new.backbone.dropout_rate, new.backbone.attention_dropout) == (0.1, 0.1, 0.1)
-    # As nested in a model of the user's, whose own dropout stays.
+    # Also nested in a model of the user's, whose own dropout stays.
     x = keras.Input((16, 16, 3))
     model = keras.Model(x, layers.Dropout(0.5, name="head")(task(x)))
     new = check_same(with_dropout(model, 0.1), model, np.ones((2, 16, 16, 3), "float32"))

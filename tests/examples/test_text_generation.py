@@ -1,9 +1,7 @@
-"""The tutorials on text, `translation.py`, `language_model.py` and `summarization.py`, on small data made here."""
+"""`examples/translation.py`, `language_model.py` and `summarization.py`, on small data made here."""
 
 import functools
 import gzip
-import importlib.util
-import pathlib
 import re
 
 import keras
@@ -12,56 +10,21 @@ import pytest
 
 pytestmark = pytest.mark.needs("keras_hub", "tensorflow", "tensorflow_datasets")
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+NAMES = ("translation", "language_model", "summarization")
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "sechs", "six": "acht"}
-SIZES = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32}
-CONSTANTS = {
-    "translation": {"MAX_LENGTH": 12, "SMALL": {**SIZES, "dropout": 0.1}, "SMALL_VOCABULARY_SIZE": 300},
-    "language_model": {"WORDS": 8, "SEQUENCE_LENGTH": 24, "SMALL": SIZES, "SMALL_VOCABULARY_SIZE": 300},
-    "summarization": {
-        "SMALL_DOCUMENT_LENGTH": 16,
-        "SMALL_SUMMARY_LENGTH": 12,
-        "SMALL": SIZES,
-        "SMALL_VOCABULARY_SIZE": 300,
-    },
-}
 
 
 @pytest.fixture
-def load(monkeypatch):
-    """Imports a tutorial, under a name of its own, and makes its constants small."""
+def run_small(load, run):
+    def run_small(name, *flags):
+        return run(load(name), "--small", "--data", "data", *flags)
 
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"tutorial_{name}", EXAMPLES / f"{name}.py")
-        tutorial = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tutorial)
-        for constant, value in {"BATCH_SIZE": 8, **CONSTANTS[name]}.items():
-            assert hasattr(tutorial, constant)
-            monkeypatch.setattr(tutorial, constant, value)
-        return tutorial
-
-    yield load
-    if keras.backend.backend() == "jax":
-        keras.distribution.set_distribution(None)
-
-
-@pytest.fixture
-def run(load, tmp_path, monkeypatch, capsys):
-    """Runs a tutorial as on a command line. Returns what it printed."""
-
-    def run(name, *flags):
-        tutorial = load(name)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", [f"{name}.py", "--small", "--data", "data", *flags])
-        tutorial.main()
-        return capsys.readouterr().out
-
-    return run
+    return run_small
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Makes the folder `data` of a tutorial, with so many rows for training and half of them in the other splits."""
+    """Makes the folder `data` of a tutorial, with `rows` rows for training and half as many in the other splits."""
 
     def data(name, rows=16):
         rng = np.random.default_rng(0)
@@ -84,7 +47,7 @@ def data(tmp_path):
 
 
 def difference(printed):
-    """Between the outputs of the model and of what was loaded."""
+    """The printed difference between the outputs of the model and of the loaded one."""
     return float(re.search(r"differ by at most (\S+)\.\n", printed)[1])
 
 
@@ -98,9 +61,9 @@ def difference(printed):
         ("summarization", "rougeLsum of 8 test rows: ", "summarizer"),
     ],
 )
-def test_trains_scores_and_exports(run, data, name, score, saved):
+def test_trains_scores_and_exports(run_small, data, name, score, saved):
     folder = data(name)
-    printed = run(name, "--epochs", "2")
+    printed = run_small(name, "--epochs", "2")
     assert "Epoch 2/2" in printed and "consistency_loss" in printed and "val_loss" in printed
     assert float(re.search(re.escape(score) + r"(\S+)\n", printed)[1]) >= 0
     output = folder.parent / "runs" / name
@@ -112,15 +75,15 @@ def test_trains_scores_and_exports(run, data, name, score, saved):
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-def test_translation_on_several_devices(run, data, monkeypatch):
+def test_translation_on_several_devices(run_small, data, monkeypatch):
     import tensorflow as tf
 
     data("translation")
-    # Collective operations of one process, as strategies use by default, must all be of as many devices.
+    # By default strategies use collective operations, which must all have the same number of devices in one process.
     one = tf.distribute.ReductionToOneDevice()
     mirrored = functools.partial(tf.distribute.MirroredStrategy, cross_device_ops=one)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", mirrored)
-    printed = run("translation", "--epochs", "1", "--strategy", "mirrored")
+    printed = run_small("translation", "--epochs", "1", "--strategy", "mirrored")
     assert "BLEU of 8 test sentences: " in printed and difference(printed) < 1e-4
 
 
@@ -142,7 +105,7 @@ def test_translation_learns(load, data):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_shuffled_anew_in_each_epoch(load, data, name):
     tutorial = load(name)
     split = tutorial.load_data(data(name, rows=64))["train"]
@@ -172,12 +135,12 @@ def test_smoothed_loss_is_that_of_smoothed_labels(load):
 
 def test_rouge(load):
     scores = load("summarization").rouge(["a b c", "d"], ["a b", "e"])
-    # Of the first row: precision 1 and recall 2/3 for words; for pairs precision 1 and recall 1/2. The second has 0.
+    # In the first row words have precision 1 and recall 2/3, pairs precision 1 and recall 1/2. The second row has 0.
     assert scores == pytest.approx({"rouge1": 40.0, "rouge2": 100 / 3, "rougeLsum": 40.0})
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_default_data_is_of_tensorflow_datasets(load, name):
     tutorial = load(name)
     with tutorial.tfds.testing.mock_data(num_examples=60):
@@ -201,18 +164,18 @@ def test_articles_lose_their_marks(load, monkeypatch):
     assert tutorial.read_articles("test").split() == ["A", "Film", "It", "is", "one.", "It", "is", "old."]
 
 
-@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flags", [["--alpha", "-1"], ["--alpha", "nan"], ["--epochs", "0"]])
-def test_bad_flags(run, capsys, name, flags):
+def test_bad_flags(run_small, capsys, name, flags):
     with pytest.raises(SystemExit):
-        run(name, *flags)
+        run_small(name, *flags)
     assert "--alpha must be a number ≥ 0, and --epochs ≥ 1. Received: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_missing_folder(run, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_folder(run_small, name):
     with pytest.raises(FileNotFoundError, match=r"--data must be a folder with one of train\.t.*Received: data"):
-        run(name)
+        run_small(name)
 
 
 @pytest.mark.parametrize(
@@ -236,10 +199,10 @@ def test_missing_folder(run, name):
         ),
     ],
 )
-def test_bad_data(run, tmp_path, name, content, message):
+def test_bad_data(run_small, tmp_path, name, content, message):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation", "test"):
         ending = "txt" if name == "language_model" else "tsv"
         (tmp_path / "data" / f"{split}.{ending}").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        run(name)
+        run_small(name)
