@@ -53,7 +53,7 @@ class RDropModel(WrapperModel):
     as for similarities of each row with each, or where a layer is known to draw one number for the whole batch, the
     passes run one after another: exact, and not as fast. `rdrop_keras.sharing` says so. A layer of your own that mixes
     rows without a trace in its shapes, or draws once for all of them, is not seen; `fit` warns if a whole epoch's
-    consistency loss was exactly 0. Augmentation layers inside the model are random layers like others: each pass gets a
+    consistency loss was 0. Augmentation layers inside the model are random layers like others: each pass gets a
     view of its own, unless `share` names the last of them.
 
     Args:
@@ -214,10 +214,7 @@ class RDropModel(WrapperModel):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
-        if y is None and self._passes is not None:
-            raise ValueError(
-                "The compiled loss needs targets: `fit(x, y)`, or a dataset of `(x, y)`. Received: no `y`."
-            )
+        self._check_targets(y)
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if step.current() is not None:
             self._alpha.end_step()
@@ -227,10 +224,17 @@ class RDropModel(WrapperModel):
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
+        self._check_targets(y)
         current = step.current()
         if current is not None and current.kind > 1:
             y_pred = tiling.split(y_pred, current.kind)[0]
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def _check_targets(self, y):
+        if y is None and self._passes is not None:
+            raise ValueError(
+                "The compiled loss needs targets: `fit(x, y)`, or a dataset of `(x, y)`. Received: no `y`."
+            )
 
     @property
     def training_metrics(self):
@@ -243,10 +247,12 @@ class RDropModel(WrapperModel):
 
     def after_fit(self, history):
         self._alpha.end_fit()
-        if not self._warned_of_equal_passes and 0.0 in history.history.get("consistency_loss", []):
+        epochs = history.history.get("consistency_loss", [])
+        # Programs that compute equal passes in different ways leave a little of rounding.
+        if not self._warned_of_equal_passes and any(abs(value) < 1e-12 for value in epochs):
             self._warned_of_equal_passes = True
             warnings.warn(
-                "The passes of R-Drop did not differ: `consistency_loss` was exactly 0 in a whole epoch, and training "
+                "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training "
                 "was plain training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole "
                 "batch? A layer of your own should draw for each row. "
                 f"`rdrop_keras.stochastic_layers(model)` lists the layers known to be random. Received: {self.name!r}.",

@@ -560,9 +560,10 @@ def test_overridden_steps():
         RDropModel(Own(x, layers.Dropout(0.1)(x)))
 
 
-def test_no_targets():
+@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
+def test_no_targets(metrics):
     model = RDropModel(mlp())
-    model.compile("sgd", CROSS_ENTROPY)
+    model.compile("sgd", CROSS_ENTROPY, metrics=metrics)
     with pytest.raises(ValueError, match=r"The compiled loss needs targets: `fit\(x, y\)`.*Received: no `y`"):
         model.fit(X, verbose=0)
 
