@@ -129,7 +129,7 @@ class RDropModel(WrapperModel):
         check_dropout_rates(dropout_rates, num_passes)
         check_share(share)
         is_plain = not alphas.is_moving(alpha) and alpha == 0
-        super().__init__(model, name, as_is=is_plain)
+        super().__init__(model, name, as_is=is_plain, begins_as_is=start > 0)
         self.divergence = divergence
         self.num_passes = int(num_passes)
         self.every = int(every)
