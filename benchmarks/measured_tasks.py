@@ -64,6 +64,11 @@ def example(name):
     return module
 
 
+def without_preprocessing(task):
+    """The model of a KerasHub task, whose inputs are preprocessed once, before training."""
+    return keras.Model(task.inputs, task.outputs, name=task.name)
+
+
 # ## Scores
 def accuracy_and_calibration(y, logits):
     """Accuracy, and the expected calibration error over ten bins of confidence (Guo et al., 2017)."""
@@ -182,9 +187,8 @@ def cifar_vit(num_train, augmented, folder):
 
     def build(dropout):
         classifier = tutorial.build_classifier(10, dropout, small=True)
-        classifier.preprocessor = None  # Images are scaled here.
         if not augmented:
-            return classifier
+            return without_preprocessing(classifier)
         inputs = keras.Input((CIFAR_SIZE, CIFAR_SIZE, 3))
         return keras.Model(inputs, classifier(augmentation(inputs)))
 
@@ -307,9 +311,7 @@ def text_from_scratch(folder):
 
     def build(dropout):
         tutorial.SMALL["dropout"] = dropout
-        classifier = tutorial.build_classifier("sst2", texts["train"][0])
-        classifier.preprocessor = None  # Tokenized once, above.
-        return classifier
+        return without_preprocessing(tutorial.build_classifier("sst2", texts["train"][0]))
 
     return Task(
         title="SST-2, BERT from scratch",
@@ -352,9 +354,7 @@ def language_model(folder):
 
     def build(dropout):
         tutorial.DROPOUT = dropout
-        model = tutorial.build_model(rows["train"])
-        model.preprocessor = None
-        return model
+        return without_preprocessing(tutorial.build_model(rows["train"]))
 
     return Task(
         title="WikiText-2, GPT-2 from scratch",
@@ -389,9 +389,7 @@ def translation(folder):
 
     def build(dropout):
         tutorial.SMALL["dropout"] = dropout
-        model = tutorial.build_model(texts, small=True)
-        model.preprocessor = None
-        return model
+        return without_preprocessing(tutorial.build_model(texts, small=True))
 
     return Task(
         title="Multi30k, BART from scratch",

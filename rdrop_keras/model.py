@@ -254,7 +254,7 @@ class RDropModel(WrapperModel):
         epochs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
         epochs = [epoch for epoch in epochs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
         warning = _equal_passes(epochs)
-        if warning is None and int(self.optimizer.iterations) >= _MANY_STEPS:
+        if warning is None and int(ops.convert_to_numpy(self.optimizer.iterations)) >= _MANY_STEPS:
             warning = _too_small(epochs, self.alpha, self.num_passes)
         if warning is not None:
             self._warned_of_no_effect = True

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import keras
 from keras import ops, tree
 
-from rdrop_keras import divergences
+from rdrop_keras import crossentropy, divergences
 from rdrop_keras.keras_gaps import _keras, replicas, step
 from rdrop_keras.passes import tiling
 
@@ -172,8 +172,13 @@ class _PassesLoss:
                 f"Received: an output of shape {tuple(y_pred.shape)} for {num_passes} passes."
             )
         passes = tiling.split(y_pred, num_passes)
+        task = None
         if self.divergence is not None:
-            values = self._divergence_of(passes)
+            if crossentropy.reads_together(self.loss, self.divergence, passes[0]):
+                task, values = crossentropy.crossentropy_and_kl(self.loss, y_true, passes)
+                task = self._reduced(self.reduction, task, y_true, passes, sample_weight)
+            else:
+                values = self._divergence_of(passes)
             term = self._weighed(self._reduced(self.reduction, values, y_true, passes, sample_weight))
             agreement = None
             if self.divergence.name != "mse":
@@ -181,7 +186,9 @@ class _PassesLoss:
             weight = functools.partial(self._weight, ops.ones_like(values), y_true, passes, sample_weight)
             term = term if self.loss_weight is None else self.loss_weight * term
             step.current().notes.append(_OutputTerms(term, agreement, weight))
-        return self._weighed(sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes)
+        if task is None:
+            task = sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
+        return self._weighed(task)
 
     def _weighed(self, term):
         return term if self.loss.reduction == "sum" else replicas.weigh(term)

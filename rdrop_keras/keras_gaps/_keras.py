@@ -256,7 +256,7 @@ def value_after(model, variable, result):
     On JAX it is in the state that the function returns, until the epoch ends.
     """
     if keras.backend.backend() != "jax":
-        return int(variable)
+        return int(keras.ops.convert_to_numpy(variable))
     _, (_, values, *_) = result
     position = next(i for i, other in enumerate(model.non_trainable_variables) if other is variable)
     return int(values[position])

@@ -1,0 +1,124 @@
+"""Cross-entropy and divergence from one reading of the logits, against the objective in float64."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, losses, ops
+
+import reference
+from models import Passes, gradients_of_step, to_numpy
+from rdrop_keras import Divergence, RDropModel, crossentropy
+
+SMOOTHING = 0.1
+LENGTHS = np.array([4, 2, 3])
+
+
+def smoothed(y, logits):
+    classes = logits.shape[-1]
+    return reference.cross_entropy(y * (1 - SMOOTHING) + SMOOTHING / classes, logits)
+
+
+def step_and_oracle(kind, m, reduction, weighted, masked, ignored, scale=1.5):
+    """`(logs, gradient)` of a step of a model whose passes are given, and the same of the objective in float64."""
+    passes = np.random.normal(size=(m, 3, 4, 5), scale=scale).astype("float32")
+    mask = np.arange(4) < LENGTHS[:, None] if masked else np.ones((3, 4), bool)
+    if kind == "sparse":
+        y = np.random.randint(0, 5, size=(3, 4))
+        if ignored:
+            y[0, 1] = y[2, 0] = -1
+        loss, value = losses.SparseCategoricalCrossentropy, reference.sparse_cross_entropy
+        loss = loss(from_logits=True, ignore_class=-1 if ignored else None, reduction=reduction)
+        counted, y_oracle = mask & (y != -1), np.maximum(y, 0)
+    else:
+        y = np.random.dirichlet(np.ones(5), size=(3, 4)).astype("float32")
+        loss = losses.CategoricalCrossentropy(from_logits=True, label_smoothing=SMOOTHING, reduction=reduction)
+        value, counted, y_oracle = smoothed, mask, y.astype("float64")
+    x = keras.Input((4, 1))
+    model = RDropModel(keras.Model(x, Passes(passes)(layers.Masking()(x) if masked else x)), 0.7, num_passes=m)
+    model.compile("sgd", loss, jit_compile=False, run_eagerly=keras.backend.backend() != "torch")
+    assert crossentropy.reads_together(loss, Divergence("kl", True), np.zeros((3, 4, 5)))
+    weights = np.random.uniform(0.5, 2, size=(3, 4)).astype("float32") if weighted else None
+    logs, (slope,) = gradients_of_step(model, mask[..., None].astype("float32"), y, sample_weight=weights)
+
+    def objective(w):
+        return reference.objective(w, y_oracle, value, reference.kl, 0.7, reduction, weights, counted)
+
+    total, task, consistency = objective(passes.astype("float64"))
+    expected = {"loss": total, "task_loss": task, "consistency_loss": consistency}
+    return logs, slope, expected, reference.gradient(lambda w: objective(w)[0], passes)
+
+
+# Weights and masks are Keras's to reduce, and reductions are tested in `test_objective.py`: here each combination once.
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("kind", ["sparse", "categorical"])
+def test_every_combination(kind, m):
+    reductions = itertools.cycle(["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+    choices = itertools.product(
+        [None, "rows", "elements"], [False, True], [False, True] if kind == "sparse" else [False]
+    )
+    for weights, masked, ignored in choices:
+        logs, slope, expected, gradient = step_and_oracle(kind, m, next(reductions), weights, masked, ignored)
+        assert logs == pytest.approx(expected, rel=1e-5)
+        np.testing.assert_allclose(slope, gradient, rtol=1e-5, atol=1e-5 * np.abs(gradient).max())
+
+
+def both(loss, y, passes):
+    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), list(map(ops.convert_to_tensor, passes)))
+    return [ops.convert_to_numpy(value) for value in values]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_types_and_large_logits(dtype):
+    """Logits are read in float32, and may be so large that probabilities round to 0 and 1."""
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    passes = [np.array([[4e4, 0, -4e4], [1.0, 2.0, 4.0]]), np.array([[-4e4, 4e4, 0], [1.0, 2.0, 4.0]])]
+    y = np.array([0, 2])
+    rounded = [to_numpy(keras.Variable(p, dtype=dtype)).astype("float64") for p in passes]
+    expected = [
+        sum(reference.sparse_cross_entropy(y, p) for p in rounded) / 2,
+        reference.mean_over_pairs(reference.kl, rounded),
+    ]
+    tensors = [ops.cast(ops.convert_to_tensor(p.astype("float32")), dtype) for p in passes]
+    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), tensors)
+    for value, of_oracle in zip(values, expected):
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        np.testing.assert_allclose(ops.convert_to_numpy(value), of_oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_that_cannot_be():
+    """A logit of −inf in all passes, as of words that are masked out, counts 0."""
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    passes = np.random.normal(size=(2, 4, 6)).astype("float32")
+    passes[..., 5] = -np.inf
+    y = np.arange(4)
+    for value, of_finite in zip(both(loss, y, passes), both(loss, y, passes[..., :5])):
+        np.testing.assert_allclose(value, of_finite, rtol=1e-6)
+
+
+def test_targets_with_an_axis_of_their_own():
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    passes, y = np.random.normal(size=(2, 4, 6)).astype("float32"), np.arange(4)
+    for value, expected in zip(both(loss, y[:, None], passes), both(loss, y, passes)):
+        np.testing.assert_array_equal(value, expected)
+
+
+class Own(losses.SparseCategoricalCrossentropy):
+    """A subclass may compute another loss."""
+
+
+@pytest.mark.parametrize(
+    "loss, divergence",
+    [
+        (Own(from_logits=True), Divergence("kl", True)),
+        (losses.SparseCategoricalCrossentropy(), Divergence("kl", False)),
+        (losses.SparseCategoricalCrossentropy(from_logits=True), Divergence("js", True)),
+        (losses.SparseCategoricalCrossentropy(from_logits=True), Divergence("kl", False)),
+        (losses.CategoricalCrossentropy(from_logits=True, axis=1), Divergence("kl", True, 1)),
+        (losses.CategoricalFocalCrossentropy(from_logits=True), Divergence("kl", True)),
+        (losses.BinaryCrossentropy(from_logits=True), Divergence("bernoulli_kl", True)),
+    ],
+)
+def test_others_are_read_apart(loss, divergence):
+    assert not crossentropy.reads_together(loss, divergence, np.zeros((3, 4, 5)))
