@@ -5,10 +5,11 @@ logs. The passes are made in `passes`, the objective in `objective.py`; what any
 `keras_gaps.wrapper`.
 """
 
+import math
 import warnings
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from rdrop_keras import alpha as alphas
 from rdrop_keras import divergences
@@ -141,7 +142,7 @@ class RDropModel(WrapperModel):
         self._trackers = {name: MeanOfSome(name=name) for name in names}
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
-        self._warned_of_equal_passes = False
+        self._warned_of_no_effect = False
         self._passes = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
@@ -247,17 +248,21 @@ class RDropModel(WrapperModel):
 
     def after_fit(self, history):
         self._alpha.end_fit()
-        epochs = history.history.get("consistency_loss", [])
-        # Programs that compute equal passes in different ways leave a little of rounding.
-        if not self._warned_of_equal_passes and any(abs(value) < 1e-12 for value in epochs):
-            self._warned_of_equal_passes = True
-            warnings.warn(
-                "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training "
-                "was plain training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole "
-                "batch? A layer of your own should draw for each row. "
-                f"`rdrop_keras.stochastic_layers(model)` lists the layers known to be random. Received: {self.name!r}.",
-                stacklevel=3,
-            )
+        if self._passes is None or self._warned_of_no_effect:
+            return
+        logs = history.history
+        epochs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
+        epochs = [epoch for epoch in epochs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
+        warning = _equal_passes(epochs)
+        if warning is None and int(self.optimizer.iterations) >= _MANY_STEPS:
+            warning = _too_small(epochs, self.alpha, self.num_passes)
+        if warning is not None:
+            self._warned_of_no_effect = True
+            warnings.warn(f"{warning} Received: {self.name!r}.", stacklevel=3)
+
+    def _weighed(self, consistency):
+        """What a consistency loss of that value adds to the loss, by the α of now: `α/m · consistency`, a float."""
+        return float(ops.convert_to_numpy(self._alpha.current())) / self.num_passes * consistency
 
     def summary(self, line_length=None, positions=None, print_fn=None, **kwargs):
         """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
@@ -294,3 +299,35 @@ class RDropModel(WrapperModel):
             for key in ("alpha", "divergence")
         }
         return super().from_config({**config, **nested}, custom_objects)
+
+
+# `fit` warns if R-Drop was a smaller share of the loss than this, once so many steps show it.
+_SMALL_SHARE = 0.02
+_MANY_STEPS = 100
+
+
+def _equal_passes(epochs):
+    """What to tell if the passes of a whole epoch were equal; `epochs` are pairs of task loss and consistency loss."""
+    # Programs that compute equal passes in different ways leave a little of rounding.
+    if all(abs(consistency) >= 1e-12 for _, consistency in epochs):
+        return None
+    return (
+        "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training was plain "
+        "training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole batch? A layer of "
+        "your own should draw for each row. `rdrop_keras.stochastic_layers(model)` lists the layers known to be random."
+    )
+
+
+def _too_small(epochs, alpha, num_passes):
+    """What to tell if R-Drop was a small share of the loss in all epochs. An α that moves is chosen to do so."""
+    if alphas.is_moving(alpha) or not epochs or any(task <= 0 for task, _ in epochs):
+        return None
+    terms = [(task, alpha / num_passes * consistency) for task, consistency in epochs]
+    share = max(term / (task + term) for task, term in terms)
+    if not share < _SMALL_SHARE:
+        return None
+    return (
+        f"R-Drop was at most {share:.1%} of the loss in each epoch, too little to matter: training was much like plain "
+        f"training at the price of R-Drop. Take a larger `alpha` than {alpha:g}, raise the dropout rates, or let a "
+        "`KLBudget` find α."
+    )
