@@ -27,6 +27,8 @@ extensions = [
 exclude_patterns = ["_*", "outputs"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+# A page that is made of others may leave out a level of headings.
+suppress_warnings = ["myst.header"]
 
 # Docstrings are in Google's form and write code in single backticks.
 default_role = "code"

@@ -5,8 +5,6 @@ import pathlib
 import re
 import urllib.parse
 
-from sphinx.util import logging
-
 # What a browser loads by itself, as opposed to what a reader clicks on.
 LOADED = {
     "audio": "src",
@@ -89,6 +87,8 @@ def problems(folder):
 
 
 def check(app, exception):
+    from sphinx.util import logging
+
     if exception is None and app.builder.format == "html":
         for problem in problems(app.outdir):
             logging.getLogger(__name__).warning(problem)

@@ -16,7 +16,7 @@ def to_markdown(source, output=None, picture=None):
     """The page of a tutorial. `output` is the text of `docs/outputs/NAME.txt`."""
     docstring = ast.get_docstring(ast.parse(source))
     title, _, introduction = docstring.partition("\n")
-    parts = [f"# {title.rstrip('.')}", fenced(introduction.strip())]
+    parts = [f"# {title.rstrip('.')}", fenced(introduction.strip()).strip()]
     lines = source.splitlines()[ast.parse(source).body[0].end_lineno :]
     code = []
     while lines:
@@ -59,10 +59,13 @@ def read(app, docname, content):
         return
     output = ROOT / "docs" / "outputs" / f"{name}.txt"
     app.env.note_dependency(str(path))
-    app.env.note_dependency(str(output))
+    if output.exists():
+        app.env.note_dependency(str(output))
     picture = re.search(r"^!\[.*", content[0], flags=re.MULTILINE | re.DOTALL)
     content[0] = to_markdown(
-        path.read_text(encoding="utf-8"), output.read_text(encoding="utf-8"), picture and picture[0].strip()
+        path.read_text(encoding="utf-8"),
+        output.read_text(encoding="utf-8") if output.exists() else None,
+        picture and picture[0].strip(),
     )
 
 
