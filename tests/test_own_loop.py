@@ -61,7 +61,7 @@ def test_one_step(num_passes):
     passes = [hidden * mask @ last_kernel + last_bias for mask in masks]
     value, _, consistency = reference.objective(passes, y, reference.sparse_cross_entropy, reference.kl, names["alpha"])
     assert consistency > 0.01
-    np.testing.assert_allclose(float(names["value"]), value, rtol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(names["value"]), value, rtol=1e-5)
 
     # The weights after a step of `RDropModel`.
     theirs = rdrop_keras.RDropModel(make_model(masks), names["alpha"], num_passes=num_passes, share="nothing")
