@@ -1,8 +1,10 @@
 """Docstrings of the package for autodoc, which reads them as reStructuredText.
 
-Their indented paragraphs, such as formulas, are shown as they are written, and a bar is a bar.
+Their indented paragraphs, such as formulas, are shown as they are written, and a bar is a bar. Classes show the
+arguments of their constructor.
 """
 
+import inspect
 import re
 
 
@@ -25,6 +27,16 @@ def process(app, what, name, obj, options, lines):
     lines[:] = to_restructured_text(lines)
 
 
+def constructor(app, what, name, obj, options, signature, returns):
+    """The arguments of `__init__`: autodoc would show those of Keras's `Model.__new__`, which takes anything."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    _, *parameters = inspect.signature(obj.__init__).parameters.values()
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(parameters)), None
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", constructor)
     app.connect("autodoc-process-docstring", process, priority=400)  # Before napoleon.
     return {"parallel_read_safe": True, "parallel_write_safe": True}
