@@ -1,8 +1,7 @@
-"""The code in the README and in docstrings runs as it stands."""
+"""The code in the README, in the pages of the site and in docstrings runs as it stands."""
 
 import doctest
 import json
-import os
 import pathlib
 import re
 
@@ -13,45 +12,67 @@ import pytest
 import rdrop_keras
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+README = PAGES["README.md"]
+# Its files and commands are run by `test_distributed_docs.py`.
+del PAGES["distributed.md"]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language, page):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(page, names=None):
+    """Runs a page's blocks of Python one after another, those of other backends left out. Returns their names."""
+    names = {"__name__": "page"} if names is None else names
+    for code in blocks("python", page):
+        backend = re.match(r"# KERAS_BACKEND=(\w+)\n", code)
+        if backend is None or backend[1] == keras.backend.backend():
+            exec(compile(code, "a page", "exec"), names)
+    return names
+
+
+def test_readme_in_order():
+    names = run(README)
+    assert names["model"].model is names["my_model"]
+    assert len(README.splitlines()) <= 150
 
 
 # KerasHub warns that positional embeddings drop masks, MirroredStrategy that there is no accelerator.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 @pytest.mark.needs("keras_hub")
-def test_python_blocks_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(name for name in set(PAGES) - {"README.md"} if blocks("python", PAGES[name])))
+def test_pages_in_order(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "readme"}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)
-    assert names["model"].built
-    assert os.path.exists("rdrop.keras")
-    assert keras.models.load_model("plain.keras").count_params() > 0
+    run(PAGES[name])
+    written = {path.name for path in tmp_path.iterdir()}
+    expected = {"getting-started.md": {"rdrop.keras", "plain.keras"}, "inconsistency.md": {"runs.png"}}
+    assert expected.get(name, set()) <= written
 
 
 def test_two_commands():
-    first, second = blocks("bash")
+    first, second = blocks("bash", README)
     assert "pip install" in first and "examples/quickstart.py" in first
     assert "pip install" in second and "pytest" in second
-    # CI runs them as they stand, before anything else.
+    # CI runs them as they stand, before anything else, and builds the site as the README does.
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
-    assert runs == [first, second, ".ci/run\n"]
+    site = re.findall(r"^    (python -m .*\n)", README, flags=re.MULTILINE)
+    assert runs == [first, second, ".ci/run\n", *site]
+    assert site[-1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"$work/site/bin/python"', "python")
     extras = (ROOT / "setup.cfg").read_text(encoding="utf-8")
-    for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second))):
+    for extra in re.findall(r"[a-z]+", ",".join(re.findall(r"\[(.*?)\]", first + second + "".join(site)))):
         assert f"\n{extra} =" in extras
 
 
-def test_files_and_names_exist():
-    for path in re.findall(r"(?:\(|`)((?:examples|docs|benchmarks)/[\w./]+)(?:\)|`)", README):
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_files_and_names_exist(name):
+    page = PAGES[name]
+    for path in re.findall(r"(?:\(|`)((?:examples|docs|benchmarks)/[\w./-]+)(?:#[\w-]+)?(?:\)|`)", page):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"rdrop_keras\.(\w+)", README):
-        assert hasattr(rdrop_keras, name), name
+    for used in re.findall(r"rdrop_keras\.(\w+)", page):
+        assert hasattr(rdrop_keras, used), used
 
 
 @pytest.mark.parametrize("name", sorted(set(rdrop_keras.__all__) - {"__version__", "plot"}))
@@ -65,7 +86,8 @@ def test_docstrings(name):
 def test_step_times_are_those_measured():
     (path,) = (ROOT / "benchmarks" / "results").glob("step_time.json")
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    _, _, *rows = re.search(r"^\| × the time of a plain step.*?\n\n", README, re.MULTILINE | re.DOTALL)[0].split("\n")
+    table = re.search(r"^\| × the time of a plain step.*?\n\n", PAGES["sharing.md"], re.MULTILINE | re.DOTALL)
+    _, _, *rows = table[0].split("\n")
     names = [name for name in cases["bert"]["variants"] if name != "plain"]
     for name, row in zip(names, rows):
         cells = [cell.strip() for cell in row.strip("| ").split("|")][1:]

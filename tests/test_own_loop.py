@@ -1,0 +1,72 @@
+"""The loops in docs/own-loop.md make the step that `RDropModel` makes, and that an oracle computes."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import rdrop_keras
+import reference
+from models import to_numpy
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "own-loop.md").read_text(encoding="utf-8")
+SET_UP, *LOOPS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+(LOOP,) = (loop for loop in LOOPS if loop.startswith(f"# KERAS_BACKEND={keras.backend.backend()}\n"))
+ROWS, WIDTH = 8, 6
+
+
+class GivenDropout(keras.layers.Layer):
+    """Dropout whose masks, of shape `(passes, N, width)`, are given: one for each call, or all for a tiled batch."""
+
+    rdrop_stochastic = True
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = np.array(masks, "float32")
+        self.calls = 0
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        if inputs.shape[0] == self.masks.shape[0] * ROWS:
+            return inputs * ops.reshape(self.masks, (-1, WIDTH))
+        self.calls += 1
+        return inputs * ops.convert_to_tensor(self.masks[(self.calls - 1) % len(self.masks)])
+
+
+def make_model(masks):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(WIDTH, "tanh"), GivenDropout(masks), keras.layers.Dense(3)]
+    return keras.Sequential([keras.Input((4,), batch_size=ROWS), *layers])
+
+
+@pytest.mark.parametrize("num_passes", [2, 3])
+def test_one_step(num_passes):
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 2, size=(num_passes, ROWS, WIDTH)) * 2.0
+    x, y = rng.normal(size=(ROWS, 4)).astype("float32"), rng.integers(0, 3, size=ROWS)
+    names = {"__name__": "page"}
+    exec(compile(SET_UP, "own-loop.md", "exec"), names)
+    model = make_model(masks)
+    names |= {"model": model, "x": x, "y": y, "batch_size": ROWS, "num_passes": num_passes}
+    before = [to_numpy(variable).astype("float64") for variable in model.trainable_variables]
+    exec(compile(LOOP, "own-loop.md", "exec"), names)
+
+    # The value of the objective, in float64.
+    kernel, bias, last_kernel, last_bias = before
+    hidden = np.tanh(x.astype("float64") @ kernel + bias)
+    passes = [hidden * mask @ last_kernel + last_bias for mask in masks]
+    value, _, consistency = reference.objective(passes, y, reference.sparse_cross_entropy, reference.kl, names["alpha"])
+    assert consistency > 0.01
+    np.testing.assert_allclose(ops.convert_to_numpy(names["value"]), value, rtol=1e-5)
+
+    # The weights after a step of `RDropModel`.
+    theirs = rdrop_keras.RDropModel(make_model(masks), names["alpha"], num_passes=num_passes, share="nothing")
+    theirs.compile(keras.optimizers.SGD(names["learning_rate"]), names["loss"], run_eagerly=False)
+    theirs.train_on_batch(x, y)
+    for ours, other, old in zip(model.trainable_variables, theirs.trainable_variables, before):
+        assert np.abs(to_numpy(ours) - old).max() > 1e-3
+        np.testing.assert_allclose(to_numpy(ours), to_numpy(other), rtol=1e-5, atol=1e-6)
