@@ -6,6 +6,8 @@ logs. The passes are made in `passes`, the objective in `objective.py`; what any
 """
 
 import warnings
+from collections.abc import Sequence
+from typing import Any, Self
 
 import keras
 from keras import tree
@@ -107,20 +109,27 @@ class RDropModel(WrapperModel):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
+    divergence: divergences.OfModel
+    num_passes: int
+    every: int
+    start: int
+    dropout_rates: tuple[float, ...] | None
+    share: str
+
     fixed = ("model", "divergence", "num_passes", "every", "start", "dropout_rates", "share")
 
     def __init__(
         self,
-        model,
-        alpha=1.0,
-        divergence="auto",
-        num_passes=2,
-        every=1,
-        start=0,
-        dropout_rates=None,
-        share="deterministic",
-        name=None,
-    ):
+        model: keras.Model,
+        alpha: alphas.Alpha = 1.0,
+        divergence: divergences.OfModel = "auto",
+        num_passes: int = 2,
+        every: int = 1,
+        start: int = 0,
+        dropout_rates: Sequence[float] | None = None,
+        share: str = "deterministic",
+        name: str | None = None,
+    ) -> None:
         alphas.check_alpha(alpha)
         divergences.check(divergence)
         check_integer("num_passes", num_passes, least=2)
@@ -142,34 +151,34 @@ class RDropModel(WrapperModel):
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_equal_passes = False
-        self._passes = None if is_plain else Passes(model, share, self.dropout_rates)
+        self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
-    def alpha(self):
+    def alpha(self) -> alphas.Alpha:
         return self._alpha.given
 
     @alpha.setter
-    def alpha(self, alpha):
+    def alpha(self, alpha: float) -> None:
         self._alpha.assign(alpha)
 
     # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
-    def kinds_of_step(self):
+    def kinds_of_step(self) -> tuple[Any, ...]:
         between = [1] if self.every > 1 else []
         before = [step.AS_IS] if self.start else []
         return (self.num_passes, *between, *before)
 
-    def kind_of_step(self, number):
+    def kind_of_step(self, number: int) -> Any:
         if number < self.start:
             return step.AS_IS
         return self.num_passes if (number - self.start) % self.every == 0 else 1
 
-    def steps_made(self, result):
+    def steps_made(self, result: Any) -> int:
         if self.steps_per_execution == 1 or self._num_steps >= self.start:
             return self.steps_per_execution
         return _keras.value_after(self, self._step_counter, result) - self._num_steps
 
-    def check_steps_per_execution(self):
+    def check_steps_per_execution(self) -> None:
         if self.every > 1 and self.steps_per_execution > 1:
             raise ValueError(
                 "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
@@ -177,10 +186,10 @@ class RDropModel(WrapperModel):
                 f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
             )
 
-    def call_in_training(self, inputs, training, kind):
+    def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
         return _keras.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
 
-    def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes.
 
         Raises:
@@ -197,7 +206,7 @@ class RDropModel(WrapperModel):
         if self._passes is not None and self.model.built:
             self._passes.refresh()
 
-    def make_loss(self, loss, loss_weights):
+    def make_loss(self, loss: Any, loss_weights: Any) -> RDropLoss:
         if all(leaf is None for leaf in tree.flatten(loss)):
             raise ValueError(
                 "R-Drop needs a compiled `loss`: `compile(optimizer, loss=...)`; without one only `alpha=0` can be "
@@ -212,7 +221,9 @@ class RDropModel(WrapperModel):
             trackers=self._trackers,
         )
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
         """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
         self._check_targets(y)
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -222,7 +233,7 @@ class RDropModel(WrapperModel):
                 self._step_counter.assign_add(1)
         return loss
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         current = step.current()
@@ -237,15 +248,15 @@ class RDropModel(WrapperModel):
             )
 
     @property
-    def training_metrics(self):
+    def training_metrics(self) -> Sequence[keras.Metric]:
         return list(self._trackers.values())
 
-    def jax_state_sync(self):
+    def jax_state_sync(self) -> None:
         """Gives variables the values that Keras's program for JAX has, and α the one that was assigned meanwhile."""
         super().jax_state_sync()
         self._alpha.write()
 
-    def after_fit(self, history):
+    def after_fit(self, history: keras.callbacks.History) -> None:
         self._alpha.end_fit()
         epochs = history.history.get("consistency_loss", [])
         # Programs that compute equal passes in different ways leave a little of rounding.
@@ -259,23 +270,25 @@ class RDropModel(WrapperModel):
                 stacklevel=3,
             )
 
-    def summary(self, line_length=None, positions=None, print_fn=None, **kwargs):
+    def summary(
+        self, line_length: int | None = None, positions: Any = None, print_fn: Any = None, **kwargs: Any
+    ) -> None:
         """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
         super().summary(line_length, positions, print_fn, **kwargs)
         if self._passes is not None and self._passes.graph is not None:
             (print_fn or print)(f" R-Drop: {self._passes.graph.summary()}")
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         self._alpha.save(store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
         self._alpha.load(store)
         if self._step_counter is not None:
             self._step_counter.assign(self._num_steps)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "alpha": keras.saving.serialize_keras_object(self.alpha),
@@ -288,7 +301,7 @@ class RDropModel(WrapperModel):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         nested = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
             for key in ("alpha", "divergence")
