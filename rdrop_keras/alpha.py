@@ -89,8 +89,9 @@ class KLBudget:
         return f"KLBudget(target={self.target}, step={self.step}, initial={self.initial}, maximum={self.maximum})"
 
 
-# What an `RDropModel` takes for its α.
-Alpha: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | KLBudget | Callable[[Any], Any]
+# What an `RDropModel` takes for its α. A `LearningRateSchedule` is a function of the step; type checkers do not know
+# Keras's class, and would accept anything if it stood here.
+Alpha: TypeAlias = float | KLBudget | Callable[[Any], Any]
 
 
 def make(alpha, model):
