@@ -5,15 +5,16 @@ logs. The passes are made in `passes`, the objective in `objective.py`; what any
 `keras_gaps.wrapper`.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from rdrop_keras import alpha as alphas
-from rdrop_keras import divergences
+from rdrop_keras import card, divergences
 from rdrop_keras.keras_gaps import _keras, step
 from rdrop_keras.keras_gaps.arguments import check_integer
 from rdrop_keras.keras_gaps.wrapper import WrapperModel
@@ -138,7 +139,7 @@ class RDropModel(WrapperModel):
         check_dropout_rates(dropout_rates, num_passes)
         check_share(share)
         is_plain = not alphas.is_moving(alpha) and alpha == 0
-        super().__init__(model, name, as_is=is_plain)
+        super().__init__(model, name, as_is=is_plain, begins_as_is=start > 0)
         self.divergence = divergence
         self.num_passes = int(num_passes)
         self.every = int(every)
@@ -150,7 +151,8 @@ class RDropModel(WrapperModel):
         self._trackers = {name: MeanOfSome(name=name) for name in names}
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
-        self._warned_of_equal_passes = False
+        self._warned_of_no_effect = False
+        self._trained_with = None  # The versions that trained it last.
         self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
@@ -160,6 +162,21 @@ class RDropModel(WrapperModel):
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         self._alpha.assign(alpha)
+
+    @property
+    def training_card(self) -> dict[str, Any]:
+        """What trained the model, for its model card: the arguments of R-Drop, and the versions of the last training.
+
+        A new dict, of what JSON can hold. It is saved with the model, and a file that is loaded tells what trained it.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1), keras.layers.Dense(3)])
+        >>> card = rdrop_keras.RDropModel(model, alpha=5.0, start=100).training_card
+        >>> card["alpha"], card["num_passes"], card["start"], sorted(card["versions"])[-1]
+        (5.0, 2, 100, 'rdrop_keras')
+        """
+        return card.training_card(self, self._trained_with or card.installed_versions())
 
     # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
@@ -185,6 +202,11 @@ class RDropModel(WrapperModel):
                 "between which an execution of several steps cannot choose. "
                 f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
             )
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Makes the program of training, and notes the versions for `training_card`."""
+        self._trained_with = card.installed_versions()
+        super().make_train_function(force)
 
     def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
         return _keras.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
@@ -258,17 +280,21 @@ class RDropModel(WrapperModel):
 
     def after_fit(self, history: keras.callbacks.History) -> None:
         self._alpha.end_fit()
-        epochs = history.history.get("consistency_loss", [])
-        # Programs that compute equal passes in different ways leave a little of rounding.
-        if not self._warned_of_equal_passes and any(abs(value) < 1e-12 for value in epochs):
-            self._warned_of_equal_passes = True
-            warnings.warn(
-                "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training "
-                "was plain training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole "
-                "batch? A layer of your own should draw for each row. "
-                f"`rdrop_keras.stochastic_layers(model)` lists the layers known to be random. Received: {self.name!r}.",
-                stacklevel=3,
-            )
+        if self._passes is None or self._warned_of_no_effect:
+            return
+        logs = history.history
+        epochs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
+        epochs = [epoch for epoch in epochs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
+        warning = _equal_passes(epochs)
+        if warning is None and int(self.optimizer.iterations) >= _MANY_STEPS:
+            warning = _too_small(epochs, self.alpha, self.num_passes)
+        if warning is not None:
+            self._warned_of_no_effect = True
+            warnings.warn(f"{warning} Received: {self.name!r}.", stacklevel=3)
+
+    def _weighed(self, consistency):
+        """What a consistency loss of that value adds to the loss, by the α of now: `α/m · consistency`, a float."""
+        return float(ops.convert_to_numpy(self._alpha.current())) / self.num_passes * consistency
 
     def summary(
         self, line_length: int | None = None, positions: Any = None, print_fn: Any = None, **kwargs: Any
@@ -298,6 +324,7 @@ class RDropModel(WrapperModel):
             "start": self.start,
             "dropout_rates": self.dropout_rates and list(self.dropout_rates),
             "share": self.share,
+            **({"trained_with": dict(self._trained_with)} if self._trained_with else {}),
         }
 
     @classmethod
@@ -306,4 +333,40 @@ class RDropModel(WrapperModel):
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
             for key in ("alpha", "divergence")
         }
-        return super().from_config({**config, **nested}, custom_objects)
+        trained_with = config.get("trained_with")
+        config = {key: value for key, value in config.items() if key != "trained_with"}
+        model = super().from_config({**config, **nested}, custom_objects)
+        model._trained_with = trained_with
+        return model
+
+
+# `fit` warns if R-Drop was a smaller share of the loss than this, once so many steps show it.
+_SMALL_SHARE = 0.02
+_MANY_STEPS = 100
+
+
+def _equal_passes(epochs):
+    """What to tell if the passes of a whole epoch were equal; `epochs` are pairs of task loss and consistency loss."""
+    # Programs that compute equal passes in different ways leave a little of rounding.
+    if all(abs(consistency) >= 1e-12 for _, consistency in epochs):
+        return None
+    return (
+        "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training was plain "
+        "training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole batch? A layer of "
+        "your own should draw for each row. `rdrop_keras.stochastic_layers(model)` lists the layers known to be random."
+    )
+
+
+def _too_small(epochs, alpha, num_passes):
+    """What to tell if R-Drop was a small share of the loss in all epochs. An α that moves is chosen to do so."""
+    if alphas.is_moving(alpha) or not epochs or any(task <= 0 for task, _ in epochs):
+        return None
+    terms = [(task, alpha / num_passes * consistency) for task, consistency in epochs]
+    share = max(term / (task + term) for task, term in terms)
+    if not share < _SMALL_SHARE:
+        return None
+    return (
+        f"R-Drop was at most {share:.1%} of the loss in each epoch, too little to matter: training was much like plain "
+        f"training at the price of R-Drop. Take a larger `alpha` than {alpha:g}, raise the dropout rates, or let a "
+        "`KLBudget` find α."
+    )

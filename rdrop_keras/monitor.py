@@ -163,12 +163,18 @@ class InconsistencyMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._measure = _Measurement(self.model, self.passes)
-        self._last = dict.fromkeys(("gap", "submodel_loss", "divergence", "agreement"), float("nan"))
+        self._names = ["gap", "submodel_loss", "divergence", "agreement"]
+        if isinstance(self.model, RDropModel) and self.model.alpha != 0:
+            self._names.append("consistency_share")
+        self._last = dict.fromkeys(self._names, float("nan"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if (epoch + 1) % self.every == 0:
             result = self._measure(*self.data).to_dict()
-            self._last = {name: result[name] for name in self._last}
+            if "consistency_share" in self._names:
+                term = self.model._weighed(result["divergence"])
+                result["consistency_share"] = term / (result["submodel_loss"] + term)
+            self._last = {name: result[name] for name in self._names}
         if logs is not None:
             logs.update(self._last)
 

@@ -326,3 +326,24 @@ def test_a_batch_without_weights_does_not_move_a_budget():
     assert ops.convert_to_numpy(model._alpha.alpha) == 2.0
     model.train_on_batch(X, Y, sample_weight=np.eye(48)[0])
     assert ops.convert_to_numpy(model._alpha.alpha) != 2.0
+
+
+def test_too_small_to_matter():
+    """An α that does nothing is told, once; one that does something is not, nor one that moves as it is meant to."""
+
+    def trained(alpha, epochs=13, **kwargs):  # Of 8 steps.
+        model = RDropModel(mlp(rate=0.3), alpha, **kwargs)
+        model.compile(keras.optimizers.SGD(0.0), LOSS)
+        model.fit(X, Y, batch_size=6, epochs=epochs, verbose=0)
+        return model
+
+    with pytest.warns(
+        UserWarning, match=r"R-Drop was at most 0.0% of the loss in each epoch.*larger `alpha` than 0.00"
+    ):
+        model = trained(1e-3, start=4)
+    model.fit(X, Y, verbose=0)  # Warnings are errors here.
+    trained(10.0)
+    trained(1e-3, epochs=2)  # Too early to tell.
+    trained(1e-3, start=1000)
+    trained(keras.optimizers.schedules.PolynomialDecay(0.0, 10_000, 1.0))
+    trained(KLBudget(1.0, initial=0.0))

@@ -572,3 +572,33 @@ def test_auto_of_keras_hub():
     for arguments in (("auto", "auto"), ("adam", "auto"), ("auto", CROSS_ENTROPY)):
         with pytest.raises(ValueError, match=r"'auto' is for KerasHub's tasks.*`compile\(keras.optimizers.Adam"):
             RDropModel(mlp()).compile(*arguments)
+
+
+class Halves(layers.Layer):
+    """Random to R-Drop, and the same for a row whatever the batch: it differs between the halves of the rows alone."""
+
+    rdrop_stochastic = True
+
+    def call(self, inputs, training=None):
+        if not training:
+            return inputs
+        rows = ops.shape(inputs)[0]
+        second = ops.cast(ops.arange(rows) >= rows // 2, inputs.dtype)[:, None]
+        return inputs * (1 + 0.5 * ops.sin(3 * inputs) * (1 - 2 * second))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_half_the_rows_twice(num_steps):
+    """R-Drop in the memory of plain training: half the rows, and gradients gathered over two steps."""
+    weights = []
+    for batch_size, steps in ((8, None), (4, 2)):
+        keras.utils.set_random_seed(3)
+        inner = keras.Sequential([keras.Input((4,)), layers.Dense(8, "tanh"), Halves(), layers.Dense(3)])
+        model = RDropModel(inner, 3.0)
+        optimizer = keras.optimizers.Adam(0.01, gradient_accumulation_steps=steps)
+        model.compile(optimizer, CROSS_ENTROPY)
+        x, y = np.tile(X[:8], (num_steps, 1)), np.tile(Y[:8], num_steps)
+        model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for full, halves in zip(*weights):
+        np.testing.assert_allclose(full, halves, rtol=1e-5, atol=1e-6)

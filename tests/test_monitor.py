@@ -232,3 +232,16 @@ def test_errors():
     model.compile("sgd", lambda y_true, y_pred: ops.mean(y_pred))
     with pytest.raises(ValueError, match=r"`divergence='auto'` cannot read"):
         inconsistency(model, X, Y)
+
+
+def test_share_of_the_objective():
+    """α/m · D over the whole; a model trained without R-Drop has none."""
+    model = RDropModel(mlp(rate=0.4), 3.0, num_passes=3)
+    model.compile(keras.optimizers.SGD(0.01), LOSS)
+    monitor = InconsistencyMonitor(X, Y, passes=4)
+    logs = {name: value[0] for name, value in model.fit(X, Y, verbose=0, callbacks=[monitor]).history.items()}
+    term = 3.0 / 3 * logs["divergence"]
+    np.testing.assert_allclose(logs["consistency_share"], term / (logs["submodel_loss"] + term), rtol=1e-6)
+    plain = RDropModel(mlp(rate=0.4), 0)
+    plain.compile(keras.optimizers.SGD(0.01), LOSS)
+    assert "consistency_share" not in plain.fit(X, Y, verbose=0, callbacks=[monitor]).history

@@ -15,12 +15,24 @@ import numpy as np
 _NOT_STARTED = 0
 
 
-def torch_seed():
-    """A `SeedGenerator` for `drawing_from`; None on other backends, where layers have their own.
+def torch_seed(started=True):
+    """A `SeedGenerator` for `drawing_from`, started from PyTorch's generator; None on other backends.
 
-    It is started from PyTorch's generator when it is first drawn from, so that until then that goes on as without it.
+    There layers have generators of their own. If it is not `started` it is when it is first drawn from, and until then
+    PyTorch's generator goes on as without it.
     """
-    return keras.random.SeedGenerator(_NOT_STARTED) if keras.backend.backend() == "torch" else None
+    if keras.backend.backend() != "torch":
+        return None
+    seed = keras.random.SeedGenerator(_NOT_STARTED)
+    if started:
+        _start(seed)
+    return seed
+
+
+def _start(seed):
+    import torch
+
+    seed.state.assign([int(torch.randint(1, 2**31, ())), 0])
 
 
 @contextlib.contextmanager
@@ -32,7 +44,7 @@ def drawing_from(seed):
     import torch
 
     if int(keras.ops.max(seed.state)) == _NOT_STARTED:
-        seed.state.assign([int(torch.randint(1, 2**31, ())), 0])
+        _start(seed)
     with _torch_fork():
         torch.manual_seed(int(keras.ops.sum(seed.next())))
         yield

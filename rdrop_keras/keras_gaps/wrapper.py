@@ -48,6 +48,7 @@ class WrapperModel(keras.Model):
         model: The `keras.Model` to train.
         name: Name of the wrapper.
         as_is: Trains just as Keras does, and overrides nothing.
+        begins_as_is: Does so in its first steps, which are of kind `step.AS_IS`.
 
     Raises:
         TypeError: If `model` is no `keras.Model`.
@@ -78,7 +79,9 @@ class WrapperModel(keras.Model):
     # Attributes that a model keeps for life.
     fixed: tuple[str, ...] = ("model",)
 
-    def __init__(self, model: keras.Model, name: str | None = None, as_is: bool = False) -> None:
+    def __init__(
+        self, model: keras.Model, name: str | None = None, as_is: bool = False, begins_as_is: bool = False
+    ) -> None:
         _check_model(model, type(self).__name__)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
@@ -90,7 +93,7 @@ class WrapperModel(keras.Model):
         self._num_steps = 0  # Steps made. No variable: it decides which program runs.
         self._kind = None  # Of the step under way.
         # As it is, a model draws nothing that it would not draw alone.
-        self._torch_seed = None if as_is else random_state.torch_seed()
+        self._torch_seed = None if as_is else random_state.torch_seed(started=not begins_as_is)
         _keras.take_training_argument_as(self, model)
 
     # What subclasses override.
