@@ -1,10 +1,9 @@
 """The tutorials without `--small` and `--data`, on prepared data and presets in folders made here.
 
-tensorflow-datasets reads its own format under its own names, and KerasHub loads presets that it has saved: each line that a
-user with a network runs is run, except the download.
+tensorflow-datasets reads its own format under its own names, and KerasHub loads presets that it has saved. So each line
+that a user with a network runs is run, and only the download is not.
 """
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -32,8 +31,7 @@ def prepare(tmp_path, monkeypatch):
 
     def prepare(name, splits, columns):
         builder = tfds.builder(name, data_dir=folder)
-        features = {name: feature for name, feature in builder.info.features.items()}
-        assert set(columns(2)) == set(features)
+        assert set(columns(2)) == set(builder.info.features)
         tfds.dataset_builders.store_as_tfds_dataset(
             name=builder.name,
             config=builder.builder_config and builder.builder_config.name,
@@ -59,24 +57,18 @@ def preset(tmp_path):
     return preset
 
 
-def saved(folder, name):
-    return (folder / "runs" / ("served" if keras.backend.backend() == "tensorflow" else name)).exists()
-
-
-@pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_glue(load, run, prepare, preset, tmp_path, task):
+def test_glue(load, run, prepare, preset):
     glue = load("glue")
-    label = {"rte": np.array([0, 1]), "stsb": np.array([0.5, 4.5], "float32")}[task]
 
     def columns(rows):
         texts = {"sentence1": sentences(rows), "sentence2": sentences(rows)}
-        return {**texts, "label": np.resize(label, rows), "idx": np.arange(rows, dtype="int32")}
+        return {**texts, "label": np.arange(rows) % 2, "idx": np.arange(rows, dtype="int32")}
 
-    prepare(f"glue/{task}", {"train": 32, "validation": 8, "test": 8}, columns)
-    small = glue.build_classifier(task, (sentences(8),))
+    prepare("glue/rte", {"train": 32, "validation": 8, "test": 8}, columns)
+    small = glue.build_classifier("rte", (sentences(8),))
     glue.PRESET = preset(small.backbone, small.preprocessor.tokenizer)
-    printed = run(glue, "--task", task, "--epochs", 1)
-    assert f"{task} {'accuracy' if task == 'rte' else 'Pearson'}: " in printed and "consistency_loss" in printed
+    printed = run(glue, "--task", "rte", "--epochs", 1)
+    assert "rte accuracy: " in printed and "consistency_loss" in printed
 
 
 def test_vit_cifar100(load, run, prepare, preset):
