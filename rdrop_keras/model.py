@@ -152,7 +152,7 @@ class RDropModel(WrapperModel):
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_no_effect = False
-        self._trained_with = None  # The versions that trained it last.
+        self._trained_with: dict[str, str] | None = None  # The versions that trained it last.
         self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
@@ -283,8 +283,8 @@ class RDropModel(WrapperModel):
         if self._passes is None or self._warned_of_no_effect:
             return
         logs = history.history
-        epochs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
-        epochs = [epoch for epoch in epochs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
+        pairs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
+        epochs = [epoch for epoch in pairs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
         warning = _equal_passes(epochs)
         if warning is None and int(self.optimizer.iterations) >= _MANY_STEPS:
             warning = _too_small(epochs, self.alpha, self.num_passes)
