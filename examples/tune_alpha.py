@@ -1,9 +1,9 @@
-"""Searching for α and the dropout rate with KerasTuner, as one searches for any hyperparameter.
+"""Searching for α, the dropout rate and `start` with KerasTuner, as one searches for any hyperparameter.
 
-The two belong together: R-Drop acts on what dropout makes different, so the best rate with R-Drop is often not the best
-without. A random search trains a small classifier of handwritten digits with one choice of both at a time, and compares
-choices by the validation loss. With R-Drop that is the plain loss of the wrapped model, so choices are comparable. The
-best model is then tested once.
+The three belong together: R-Drop acts on what dropout makes different, so the best rate with R-Drop is often not the
+best without, and it may pay in the last part of training only. A random search trains a small classifier of handwritten
+digits with one choice of the three at a time, and compares choices by the validation loss. With R-Drop that is the
+plain loss of the wrapped model, so choices are comparable. The best model is then tested once.
 
 It needs keras-tuner and scikit-learn, and takes about a minute on two CPU cores:
 
@@ -12,6 +12,8 @@ It needs keras-tuner and scikit-learn, and takes about a minute on two CPU cores
 """
 
 import argparse
+import functools
+import math
 import pathlib
 import tempfile
 
@@ -32,6 +34,8 @@ TRIALS = 12
 # What is searched: the paper's range of α, and 0, which is plain training.
 ALPHAS = (0.0, 0.3, 1.0, 3.0, 5.0)
 DROPOUT_RATES = (0.1, 0.2, 0.3, 0.4)
+# After which part of the steps R-Drop starts. The steps before are plain training.
+STARTS = (0.0, 0.5, 0.75)
 
 
 def load_data():
@@ -48,10 +52,13 @@ def load_data():
 
 # ## The search space
 #
-# KerasTuner calls this function with the choices of one trial. R-Drop is one line of it.
-def build_model(hyperparameters):
+# KerasTuner calls this function with the choices of one trial. R-Drop is one line of it. To search for your own model,
+# copy the function and put your layers and your `compile` in.
+def build_model(hyperparameters, num_steps):
+    """The model of one trial, which is trained for `num_steps` steps."""
     dropout = hyperparameters.Choice("dropout", DROPOUT_RATES)
     alpha = hyperparameters.Choice("alpha", ALPHAS)
+    start = hyperparameters.Choice("start", STARTS)
     model = keras.Sequential(
         [
             keras.Input((64,)),
@@ -62,17 +69,18 @@ def build_model(hyperparameters):
             keras.layers.Dense(10),
         ]
     )
-    model = rdrop_keras.RDropModel(model, alpha=alpha)
+    model = rdrop_keras.RDropModel(model, alpha=alpha, start=int(start * num_steps))
     model.compile(
         optimizer=keras.optimizers.Adam(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+    model.optimizer.build(model.trainable_variables)  # KerasTuner loads the state of the optimizer into its best model.
     return model
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Searches for alpha and the dropout rate on a small classifier.")
+    parser = argparse.ArgumentParser(description="Searches for alpha, dropout and start.")
     parser.add_argument("--trials", type=int, default=TRIALS, help="choices tried (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
@@ -85,7 +93,7 @@ def main():
     keras.utils.set_random_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:  # To be able to continue the search, use a folder that stays.
         tuner = keras_tuner.RandomSearch(
-            build_model,
+            functools.partial(build_model, num_steps=args.epochs * math.ceil(NUM_TRAIN / BATCH_SIZE)),
             objective=keras_tuner.Objective("val_loss", "min"),
             max_trials=args.trials,
             seed=args.seed,
@@ -94,10 +102,10 @@ def main():
         )
         tuner.search(*train, batch_size=BATCH_SIZE, epochs=args.epochs, validation_data=validation, verbose=0)
 
-        print(f"\n{'alpha':>6} {'dropout':>8} {'validation loss':>16}")
+        print(f"\n{'alpha':>6} {'dropout':>8} {'start':>6} {'validation loss':>16}")
         for trial in tuner.oracle.get_best_trials(args.trials):
             values = trial.hyperparameters.values
-            print(f"{values['alpha']:6} {values['dropout']:8} {trial.score:16.4f}")
+            print(f"{values['alpha']:6} {values['dropout']:8} {values['start']:6} {trial.score:16.4f}")
 
         best = tuner.get_best_models(1)[0]
         loss, accuracy = best.evaluate(*test, verbose=0)

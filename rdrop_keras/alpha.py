@@ -5,6 +5,8 @@ Called by: `RDropModel`, and the objective in each step.
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any, Self, TypeAlias
 
 import keras
 import numpy as np
@@ -53,7 +55,12 @@ class KLBudget:
     ['alpha', 'consistency_loss', 'loss', 'task_loss']
     """
 
-    def __init__(self, target, step=0.1, initial=1.0, maximum=100.0):
+    target: float
+    step: float
+    initial: float
+    maximum: float
+
+    def __init__(self, target: float, step: float = 0.1, initial: float = 1.0, maximum: float = 100.0) -> None:
         for name, value in (("target", target), ("step", step), ("initial", initial), ("maximum", maximum)):
             check_number(name, value)
         for name, value in (("target", target), ("step", step), ("maximum", maximum)):
@@ -69,17 +76,22 @@ class KLBudget:
         self.initial = float(initial)
         self.maximum = float(maximum)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, float]:
         """Returns the constructor's arguments."""
         return {"target": self.target, "step": self.step, "initial": self.initial, "maximum": self.maximum}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, float]) -> Self:
         """Makes a `KLBudget` from what `get_config` returned."""
         return cls(**config)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"KLBudget(target={self.target}, step={self.step}, initial={self.initial}, maximum={self.maximum})"
+
+
+# What an `RDropModel` takes for its α. A `LearningRateSchedule` is a function of the step; type checkers do not know
+# Keras's class, and would accept anything if it stood here.
+Alpha: TypeAlias = float | KLBudget | Callable[[Any], Any]
 
 
 def make(alpha, model):

@@ -11,6 +11,9 @@ the sample covariance over passes. The symmetric KL of Eq. 2 of the paper is ½(
 ½ Σ_c (P_c − Q_c)(log P_c − log Q_c), hence Σ_c cov(P_c, log P_c); a squared difference is 2 cov(x, x).
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias
+
 import keras
 import numpy as np
 from keras import ops, tree
@@ -116,6 +119,7 @@ def _js(passes, from_logits, axis):
 
 _FUNCTIONS = {"bernoulli_kl": _bernoulli_kl, "js": _js, "kl": _kl, "mse": _mse}
 NAMES = tuple(sorted(_FUNCTIONS))
+Name: TypeAlias = Literal["bernoulli_kl", "js", "kl", "mse"]
 
 _REGRESSION = (
     keras.losses.huber,
@@ -181,7 +185,11 @@ class Divergence:
     [40.0]
     """
 
-    def __init__(self, name, from_logits=None, axis=None):
+    name: Name
+    from_logits: bool | None
+    axis: int | None
+
+    def __init__(self, name: Name, from_logits: bool | None = None, axis: int | None = None) -> None:
         if name not in _FUNCTIONS:
             raise ValueError(f"A divergence must be one of {', '.join(map(repr, NAMES))}. Received: name={name!r}.")
         if from_logits is not None and not isinstance(from_logits, bool):
@@ -194,7 +202,7 @@ class Divergence:
         self.from_logits = from_logits
         self.axis = axis
 
-    def __call__(self, outputs):
+    def __call__(self, outputs: Any) -> Any:
         if self.from_logits is None and self.name != "mse":
             raise ValueError(
                 f"Divergence {self.name!r} must know whether the outputs are logits or probabilities. "
@@ -223,7 +231,7 @@ class Divergence:
             )
         return _FUNCTIONS[self.name](passes, self.from_logits, axis)
 
-    def check_axis(self, shape):
+    def check_axis(self, shape: Sequence[int | None]) -> None:
         """Raises if outputs of `shape`, `(batch, …)`, have no axis `axis` behind the batch."""
         rank = max(len(shape), 2)  # One output a row has an axis of its own, as for Keras's losses.
         if self.axis is not None and not 0 < self.axis % rank == self.axis + rank * (self.axis < 0):
@@ -232,29 +240,34 @@ class Divergence:
                 f"Received: axis={self.axis} with an output of shape {tuple(shape)} (batch, …)."
             )
 
-    def decisions(self, output):
+    def decisions(self, output: Any) -> Any:
         """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` whether it is likely."""
         if self.name == "bernoulli_kl":
             return ops.greater(output, 0.0 if self.from_logits else 0.5)
         return ops.argmax(output, axis=-1 if self.axis is None else self.axis)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the arguments it was made with."""
         return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Makes one of what `get_config` returned."""
         return cls(**config)
 
-    def __eq__(self, other):
-        return type(other) is type(self) and other.get_config() == self.get_config()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Divergence) and type(other) is type(self) and other.get_config() == self.get_config()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.name, self.from_logits, self.axis))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Divergence({self.name!r}, from_logits={self.from_logits}, axis={self.axis})"
+
+
+# What an `RDropModel` takes for one output, and for all.
+OfOutput: TypeAlias = Literal["auto"] | Name | Divergence
+OfModel: TypeAlias = OfOutput | Mapping[str, Any] | Sequence[Any]
 
 
 def check(divergence):

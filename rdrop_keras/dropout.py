@@ -4,6 +4,8 @@ Comes in: a model and a rate. Goes out: a new model of the same class and weight
 users, before they wrap a model.
 """
 
+from typing import TypeVar
+
 import keras
 
 from rdrop_keras.keras_gaps import _keras, copied_state, copies
@@ -11,8 +13,10 @@ from rdrop_keras.keras_gaps.arguments import is_number
 from rdrop_keras.keras_gaps.wrapper import check_unwrapped
 from rdrop_keras.passes import randomness, rates
 
+ModelT = TypeVar("ModelT", bound=keras.Model)
 
-def with_dropout(model, rate):
+
+def with_dropout(model: ModelT, rate: float) -> ModelT:
     """A new model of the same class, configuration and weights as `model`, with dropout at `rate`.
 
     R-Drop needs dropout, and many pretrained models come with a rate of 0. This is the remedy:

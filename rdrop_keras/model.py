@@ -7,12 +7,14 @@ logs. The passes are made in `passes`, the objective in `objective.py`; what any
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any, Self
 
 import keras
 from keras import ops, tree
 
 from rdrop_keras import alpha as alphas
-from rdrop_keras import divergences
+from rdrop_keras import card, divergences
 from rdrop_keras.keras_gaps import _keras, step
 from rdrop_keras.keras_gaps.arguments import check_integer
 from rdrop_keras.keras_gaps.wrapper import WrapperModel
@@ -108,20 +110,27 @@ class RDropModel(WrapperModel):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
+    divergence: divergences.OfModel
+    num_passes: int
+    every: int
+    start: int
+    dropout_rates: tuple[float, ...] | None
+    share: str
+
     fixed = ("model", "divergence", "num_passes", "every", "start", "dropout_rates", "share")
 
     def __init__(
         self,
-        model,
-        alpha=1.0,
-        divergence="auto",
-        num_passes=2,
-        every=1,
-        start=0,
-        dropout_rates=None,
-        share="deterministic",
-        name=None,
-    ):
+        model: keras.Model,
+        alpha: alphas.Alpha = 1.0,
+        divergence: divergences.OfModel = "auto",
+        num_passes: int = 2,
+        every: int = 1,
+        start: int = 0,
+        dropout_rates: Sequence[float] | None = None,
+        share: str = "deterministic",
+        name: str | None = None,
+    ) -> None:
         alphas.check_alpha(alpha)
         divergences.check(divergence)
         check_integer("num_passes", num_passes, least=2)
@@ -143,34 +152,50 @@ class RDropModel(WrapperModel):
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_no_effect = False
-        self._passes = None if is_plain else Passes(model, share, self.dropout_rates)
+        self._trained_with: dict[str, str] | None = None  # The versions that trained it last.
+        self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
-    def alpha(self):
+    def alpha(self) -> alphas.Alpha:
         return self._alpha.given
 
     @alpha.setter
-    def alpha(self, alpha):
+    def alpha(self, alpha: float) -> None:
         self._alpha.assign(alpha)
+
+    @property
+    def training_card(self) -> dict[str, Any]:
+        """What trained the model, for its model card: the arguments of R-Drop, and the versions of the last training.
+
+        A new dict, of what JSON can hold. It is saved with the model, and a file that is loaded tells what trained it.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1), keras.layers.Dense(3)])
+        >>> card = rdrop_keras.RDropModel(model, alpha=5.0, start=100).training_card
+        >>> card["alpha"], card["num_passes"], card["start"], sorted(card["versions"])[-1]
+        (5.0, 2, 100, 'rdrop_keras')
+        """
+        return card.training_card(self, self._trained_with or card.installed_versions())
 
     # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
-    def kinds_of_step(self):
+    def kinds_of_step(self) -> tuple[Any, ...]:
         between = [1] if self.every > 1 else []
         before = [step.AS_IS] if self.start else []
         return (self.num_passes, *between, *before)
 
-    def kind_of_step(self, number):
+    def kind_of_step(self, number: int) -> Any:
         if number < self.start:
             return step.AS_IS
         return self.num_passes if (number - self.start) % self.every == 0 else 1
 
-    def steps_made(self, result):
+    def steps_made(self, result: Any) -> int:
         if self.steps_per_execution == 1 or self._num_steps >= self.start:
             return self.steps_per_execution
         return _keras.value_after(self, self._step_counter, result) - self._num_steps
 
-    def check_steps_per_execution(self):
+    def check_steps_per_execution(self) -> None:
         if self.every > 1 and self.steps_per_execution > 1:
             raise ValueError(
                 "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
@@ -178,10 +203,15 @@ class RDropModel(WrapperModel):
                 f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
             )
 
-    def call_in_training(self, inputs, training, kind):
+    def make_train_function(self, force: bool = False) -> None:
+        """Makes the program of training, and notes the versions for `training_card`."""
+        self._trained_with = card.installed_versions()
+        super().make_train_function(force)
+
+    def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
         return _keras.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
 
-    def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes.
 
         Raises:
@@ -198,7 +228,7 @@ class RDropModel(WrapperModel):
         if self._passes is not None and self.model.built:
             self._passes.refresh()
 
-    def make_loss(self, loss, loss_weights):
+    def make_loss(self, loss: Any, loss_weights: Any) -> RDropLoss:
         if all(leaf is None for leaf in tree.flatten(loss)):
             raise ValueError(
                 "R-Drop needs a compiled `loss`: `compile(optimizer, loss=...)`; without one only `alpha=0` can be "
@@ -213,7 +243,9 @@ class RDropModel(WrapperModel):
             trackers=self._trackers,
         )
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
         """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
         self._check_targets(y)
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -223,7 +255,7 @@ class RDropModel(WrapperModel):
                 self._step_counter.assign_add(1)
         return loss
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         current = step.current()
@@ -238,21 +270,21 @@ class RDropModel(WrapperModel):
             )
 
     @property
-    def training_metrics(self):
+    def training_metrics(self) -> Sequence[keras.Metric]:
         return list(self._trackers.values())
 
-    def jax_state_sync(self):
+    def jax_state_sync(self) -> None:
         """Gives variables the values that Keras's program for JAX has, and α the one that was assigned meanwhile."""
         super().jax_state_sync()
         self._alpha.write()
 
-    def after_fit(self, history):
+    def after_fit(self, history: keras.callbacks.History) -> None:
         self._alpha.end_fit()
         if self._passes is None or self._warned_of_no_effect:
             return
         logs = history.history
-        epochs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
-        epochs = [epoch for epoch in epochs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
+        pairs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
+        epochs = [epoch for epoch in pairs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
         warning = _equal_passes(epochs)
         if warning is None and int(ops.convert_to_numpy(self.optimizer.iterations)) >= _MANY_STEPS:
             warning = _too_small(epochs, self.alpha, self.num_passes)
@@ -264,23 +296,25 @@ class RDropModel(WrapperModel):
         """What a consistency loss of that value adds to the loss, by the α of now: `α/m · consistency`, a float."""
         return float(ops.convert_to_numpy(self._alpha.current())) / self.num_passes * consistency
 
-    def summary(self, line_length=None, positions=None, print_fn=None, **kwargs):
+    def summary(
+        self, line_length: int | None = None, positions: Any = None, print_fn: Any = None, **kwargs: Any
+    ) -> None:
         """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
         super().summary(line_length, positions, print_fn, **kwargs)
         if self._passes is not None and self._passes.graph is not None:
             (print_fn or print)(f" R-Drop: {self._passes.graph.summary()}")
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         self._alpha.save(store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
         self._alpha.load(store)
         if self._step_counter is not None:
             self._step_counter.assign(self._num_steps)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "alpha": keras.saving.serialize_keras_object(self.alpha),
@@ -290,15 +324,20 @@ class RDropModel(WrapperModel):
             "start": self.start,
             "dropout_rates": self.dropout_rates and list(self.dropout_rates),
             "share": self.share,
+            **({"trained_with": dict(self._trained_with)} if self._trained_with else {}),
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         nested = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
             for key in ("alpha", "divergence")
         }
-        return super().from_config({**config, **nested}, custom_objects)
+        trained_with = config.get("trained_with")
+        config = {key: value for key, value in config.items() if key != "trained_with"}
+        model = super().from_config({**config, **nested}, custom_objects)
+        model._trained_with = trained_with
+        return model
 
 
 # `fit` warns if R-Drop was a smaller share of the loss than this, once so many steps show it.

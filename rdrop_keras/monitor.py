@@ -8,7 +8,7 @@ users, directly or through the callback.
 
 import contextlib
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -43,7 +43,16 @@ class Inconsistency:
         agreement_with_full: The fraction that a sub-model and the full model have in common.
     """
 
-    def __init__(self, passes, full_model_loss, submodel_loss, gap, divergence, agreement, agreement_with_full):
+    def __init__(
+        self,
+        passes: int,
+        full_model_loss: float,
+        submodel_loss: Estimate,
+        gap: Estimate,
+        divergence: Estimate,
+        agreement: Estimate,
+        agreement_with_full: Estimate,
+    ) -> None:
         self.passes = passes
         self.full_model_loss = full_model_loss
         self.submodel_loss = submodel_loss
@@ -52,14 +61,14 @@ class Inconsistency:
         self.agreement = agreement
         self.agreement_with_full = agreement_with_full
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, float]:
         """`{name: value}`, with `<name>_error` for the standard error of each estimate."""
         result = {"passes": self.passes, "full_model_loss": self.full_model_loss}
         for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
             result[name], result[f"{name}_error"] = getattr(self, name)
         return result
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         rows = [f"Inconsistency of {self.passes} sub-models", f"  {'full_model_loss':20} {self.full_model_loss:.5g}"]
         for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
             value, error = getattr(self, name)
@@ -67,7 +76,14 @@ class Inconsistency:
         return "\n".join(rows)
 
 
-def inconsistency(model, x=None, y=None, sample_weight=None, passes=8, batch_size=None):
+def inconsistency(
+    model: keras.Model,
+    x: Any = None,
+    y: Any = None,
+    sample_weight: Any = None,
+    passes: int = 8,
+    batch_size: int | None = None,
+) -> Inconsistency:
     """Measures what R-Drop is meant to shrink: the gap between training and inference that dropout makes.
 
     For each batch `passes` new sub-models are drawn. Losses and divergences are weighted, masked and reduced like the
@@ -126,7 +142,18 @@ class InconsistencyMonitor(keras.callbacks.Callback):
     ['agreement', 'divergence', 'gap', 'loss', 'submodel_loss']
     """
 
-    def __init__(self, x, y=None, sample_weight=None, every=1, passes=8, batch_size=None):
+    every: int
+    passes: int
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        every: int = 1,
+        passes: int = 8,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         check_integer("every", every, least=1)
         check_integer("passes", passes, least=2)
@@ -134,21 +161,22 @@ class InconsistencyMonitor(keras.callbacks.Callback):
         self.every = every
         self.passes = passes
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._measure = _Measurement(self.model, self.passes)
         self._names = ["gap", "submodel_loss", "divergence", "agreement"]
         if isinstance(self.model, RDropModel) and self.model.alpha != 0:
             self._names.append("consistency_share")
         self._last = dict.fromkeys(self._names, float("nan"))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if (epoch + 1) % self.every == 0:
             result = self._measure(*self.data).to_dict()
             if "consistency_share" in self._names:
                 term = self.model._weighed(result["divergence"])
                 result["consistency_share"] = term / (result["submodel_loss"] + term)
             self._last = {name: result[name] for name in self._names}
-        logs.update(self._last)
+        if logs is not None:
+            logs.update(self._last)
 
 
 class _Measurement:

@@ -5,10 +5,19 @@ without pyplot, so that no display and no global state are involved.
 """
 
 import math
+import os
 import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What `fit` returns, or its `.history`.
+History: TypeAlias = keras.callbacks.History | Mapping[str, Sequence[float]]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart. Runs also differ in their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -23,14 +32,17 @@ _NOT_METRICS = ("alpha", "consistency_loss", "loss", "seconds", "task_loss")
 class Clock(keras.callbacks.Callback):
     """Adds `seconds`, the time since training began, to the logs of each epoch. `compare` draws curves over it."""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._start = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        logs["seconds"] = time.perf_counter() - self._start
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs["seconds"] = time.perf_counter() - self._start
 
 
-def compare(histories, path=None):
+def compare(
+    histories: Mapping[str, History | Sequence[History]], path: str | os.PathLike[str] | None = None
+) -> "Figure":
     """Draws runs next to each other, as the paper's Figure 2 does.
 
     There is a row of panels for the losses (training dashed, validation solid), for each validation metric and for the

@@ -3,3 +3,7 @@
 `wrapper.WrapperModel` trains another model, and most other modules serve it. `copies` makes a model anew. `_keras`
 holds every private Keras name. Nothing here imports from elsewhere in the package.
 """
+
+from rdrop_keras.keras_gaps.versions import check_version
+
+check_version()

@@ -30,7 +30,7 @@ class Step:
 
     kind: object = None
     share_of_rows: object = None
-    notes: list = dataclasses.field(default_factory=list)
+    notes: list[object] = dataclasses.field(default_factory=list)
 
 
 def current():

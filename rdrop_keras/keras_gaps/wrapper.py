@@ -5,6 +5,9 @@ by: Keras, through `model.RDropModel`.
 """
 
 import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
 
 import keras
 import numpy as np
@@ -13,6 +16,14 @@ from rdrop_keras.keras_gaps import _keras, checkpoints, multi_worker, preprocess
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def _as_documented(method: Any) -> Callable[[MethodT], MethodT]:
+    """`functools.wraps`, after which type checkers still see a method."""
+    decorator: Any = functools.wraps(method)
+    return decorator
 
 
 class WrapperModel(keras.Model):
@@ -62,13 +73,15 @@ class WrapperModel(keras.Model):
     >>> history = model.fit(np.ones((32, 8)), np.zeros(32), verbose=0)
     """
 
-    # Attributes that a model keeps for life.
-    fixed = ("model",)
-    # What a step can be; each kind has a program of its own.
-    kinds_of_step = (None,)
-    training_metrics = ()
+    model: keras.Model
+    train_function: Any
 
-    def __init__(self, model, name=None, as_is=False, begins_as_is=False):
+    # Attributes that a model keeps for life.
+    fixed: tuple[str, ...] = ("model",)
+
+    def __init__(
+        self, model: keras.Model, name: str | None = None, as_is: bool = False, begins_as_is: bool = False
+    ) -> None:
         _check_model(model, type(self).__name__)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
@@ -84,23 +97,34 @@ class WrapperModel(keras.Model):
         _keras.take_training_argument_as(self, model)
 
     # What subclasses override.
-    def call_in_training(self, inputs, training, kind):
+
+    @property
+    def kinds_of_step(self) -> tuple[Any, ...]:
+        """What a step can be; each kind has a program of its own."""
+        return (None,)
+
+    @property
+    def training_metrics(self) -> Sequence[keras.Metric]:
+        """Metrics that `evaluate` does not report."""
+        return ()
+
+    def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
         """The outputs of a training step."""
         return _keras.call(self.model, inputs, training)
 
-    def make_loss(self, loss, loss_weights):
+    def make_loss(self, loss: Any, loss_weights: Any) -> Any:
         """A compiled loss in place of the one that Keras makes of these; None for Keras's."""
         return None
 
-    def kind_of_step(self, number):
+    def kind_of_step(self, number: int) -> Any:
         """The kind of the step of that number, one of `kinds_of_step`."""
         return self.kinds_of_step[0]
 
-    def steps_made(self, result):
+    def steps_made(self, result: Any) -> int:
         """How many steps the execution made whose result, of Keras's `train_function`, that is."""
         return 1
 
-    def check_steps_per_execution(self):
+    def check_steps_per_execution(self) -> None:
         """Raises if there are several programs and executions of several steps, which cannot choose between them."""
         if len(self.kinds_of_step) > 1 and self.steps_per_execution > 1:
             raise ValueError(
@@ -108,11 +132,11 @@ class WrapperModel(keras.Model):
                 f"Received: steps_per_execution={self.steps_per_execution}."
             )
 
-    def after_fit(self, history):
+    def after_fit(self, history: keras.callbacks.History) -> None:
         """Is called at the end of each `fit`."""
 
     # The model's call, and what trainers ask for around it.
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         current = step.current()
         if current is None:
             return _keras.call(self.model, inputs, training)
@@ -121,22 +145,22 @@ class WrapperModel(keras.Model):
         return self.call_in_training(inputs, training, current.kind)
 
     @property
-    def weights(self):
+    def weights(self) -> list[Any]:
         # Variables of the wrapper's own are state for Keras's programs and no weights, as random states are.
         return self.model.weights
 
     @property
-    def output_names(self):
+    def output_names(self) -> list[str]:
         return self.model.output_names
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.Metric]:
         metrics = super().metrics
         if not self._as_is and not self._evaluating:
             return metrics
         return [metric for metric in metrics if metric not in self.training_metrics]
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in self.fixed and hasattr(self, name):
             cls = type(self).__name__
             made = f"{cls}(other)" if name == "model" else f"{cls}(model.model, {name}=...)"
@@ -147,7 +171,9 @@ class WrapperModel(keras.Model):
         super().__setattr__(name, value)
 
     # Training.
-    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, *args, **kwargs):
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, loss_weights: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes."""
         made = None if self._as_is else self.make_loss(loss, loss_weights)
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
@@ -159,13 +185,13 @@ class WrapperModel(keras.Model):
         if made is not None:
             _keras.set_compiled_loss(self, made)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         kind = self._kind if self._kind is not None else self.kind_of_step(0)
         if self._as_is or kind == step.AS_IS:
             with step.training(step.AS_IS):
@@ -174,7 +200,7 @@ class WrapperModel(keras.Model):
         with step.training(kind), random_state.drawing_from(self._torch_seed), of_replica:
             return super().train_step(*args)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         self.check_steps_per_execution()
         if len(self.kinds_of_step) == 1 or self._as_is:
             super().make_train_function(force)
@@ -184,11 +210,11 @@ class WrapperModel(keras.Model):
         functions = {}
         for kind in self.kinds_of_step:
             # A function of its own each time: JAX would take the program of an equal one from its cache.
-            vars(self)["train_step"] = lambda *args: type(self).train_step(self, *args)
+            self.__dict__["train_step"] = lambda *args: type(self).train_step(self, *args)
             try:
                 super().make_train_function(force=True)
             finally:
-                del vars(self)["train_step"]
+                del self.__dict__["train_step"]
             functions[kind] = self.train_function
 
         def train_function(*args):
@@ -213,34 +239,34 @@ class WrapperModel(keras.Model):
         return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
 
     @property
-    def distribute_strategy(self):
+    def distribute_strategy(self) -> Any:
         return multi_worker.strategy_of_step(super().distribute_strategy)
 
     # Data, which a KerasHub task takes raw.
-    @functools.wraps(keras.Model.fit)
-    def fit(self, *args, **kwargs):
+    @_as_documented(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         history = self._with_data("fit", args, kwargs)
         self.after_fit(history)
         return history
 
-    @functools.wraps(keras.Model.evaluate)
-    def evaluate(self, *args, **kwargs):
+    @_as_documented(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_data("evaluate", args, kwargs, evaluation=True)
 
-    @functools.wraps(keras.Model.predict)
-    def predict(self, *args, **kwargs):
+    @_as_documented(keras.Model.predict)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_data("predict", args, kwargs)
 
-    @functools.wraps(keras.Model.train_on_batch)
-    def train_on_batch(self, *args, **kwargs):
+    @_as_documented(keras.Model.train_on_batch)
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_data("train_on_batch", args, kwargs)
 
-    @functools.wraps(keras.Model.test_on_batch)
-    def test_on_batch(self, *args, **kwargs):
+    @_as_documented(keras.Model.test_on_batch)
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_data("test_on_batch", args, kwargs, evaluation=True)
 
-    @functools.wraps(keras.Model.predict_on_batch)
-    def predict_on_batch(self, *args, **kwargs):
+    @_as_documented(keras.Model.predict_on_batch)
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_data("predict_on_batch", args, kwargs)
 
     def _with_data(self, method, args, kwargs, evaluation=False):
@@ -254,11 +280,13 @@ class WrapperModel(keras.Model):
             self._evaluating = before
 
     # Files.
-    def export(self, filepath, *args, **kwargs):
+    def export(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
         return self.model.export(filepath, *args, **kwargs)
 
-    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+    def save(
+        self, filepath: str | os.PathLike[str], overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+    ) -> None:
         """Saves as `keras.Model.save`, whose arguments it takes; an existing file is replaced when the new is whole.
 
         Raises:
@@ -276,26 +304,28 @@ class WrapperModel(keras.Model):
         with checkpoints.replacing(filepath, ".keras", overwrite, self._saved_variables()) as path:
             super().save(path, overwrite=overwrite, zipped=zipped, **kwargs)
 
-    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+    def save_weights(
+        self, filepath: str | os.PathLike[str], overwrite: bool = True, max_shard_size: float | None = None
+    ) -> None:
         """Saves as `keras.Model.save_weights`, whose arguments it takes, and replaces as `save` does."""
         with checkpoints.replacing(filepath, ".weights.h5", overwrite, self._saved_variables()) as path:
             super().save_weights(path, overwrite=overwrite, max_shard_size=max_shard_size)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         random_state.save(store, self.model, self._torch_seed)
         store["num_steps"] = np.array(self._num_steps)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         random_state.load(store, self.model, self._torch_seed)
         if "num_steps" in set(store.keys()):
             self._num_steps = int(np.array(store["num_steps"]))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         # Of what the model inside was itself compiled with the wrapper has no need.
         return {"name": self.name, "model": _uncompiled(keras.saving.serialize_keras_object(self.model))}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
         return cls(**{**config, "model": model})
 

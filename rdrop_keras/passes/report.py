@@ -7,6 +7,8 @@ layers. Called by: users, through `rdrop_keras`.
 import itertools
 from typing import NamedTuple
 
+import keras
+
 from rdrop_keras.keras_gaps.wrapper import unwrapped
 from rdrop_keras.passes import check_share
 from rdrop_keras.passes.graph import PairedGraph, num_parameters
@@ -31,7 +33,10 @@ class Sharing:
         summary: One line about all of them.
     """
 
-    def __init__(self, graph):
+    calls: list[Call]
+    summary: str
+
+    def __init__(self, graph: PairedGraph) -> None:
         self.calls = [
             Call(
                 call.name,
@@ -44,10 +49,10 @@ class Sharing:
         ]
         self.summary = graph.summary()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         rows = [("layers", "calls", "parameters", "run", "why")]
-        for (once, reason), group in itertools.groupby(self.calls, key=lambda call: (call.once, call.reason)):
-            group = list(group)
+        for (once, reason), neighbours in itertools.groupby(self.calls, key=lambda call: (call.once, call.reason)):
+            group = list(neighbours)
             names = group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}"
             parameters = sum(call.parameters for call in group)
             rows.append((names, str(len(group)), f"{parameters:,}", "once" if once else "each pass", reason))
@@ -59,7 +64,7 @@ class Sharing:
         return "\n".join([self.summary, "", *lines])
 
 
-def sharing(model, share="deterministic"):
+def sharing(model: keras.Model, share: str = "deterministic") -> Sharing:
     """What R-Drop would compute once for all passes of `model`, what for every pass, and why.
 
     Layers before the first that is random in training give every pass the same values, so `RDropModel` runs them once
@@ -97,7 +102,7 @@ def sharing(model, share="deterministic"):
     return Sharing(PairedGraph(model, share))
 
 
-def stochastic_layers(model):
+def stochastic_layers(model: keras.Model) -> list[keras.Layer]:
     """The layers of `model` that are random in training, on which R-Drop acts.
 
     Args:

@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 TEXT_MODEL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32}
 CONSTANTS = {
+    "tune_alpha": {"STARTS": (0.5,)},
     "glue": {
         "SMALL": {**TEXT_MODEL, "dropout": 0.1},
         "BATCH_SIZE": 16,
