@@ -36,7 +36,7 @@ def crossentropy_and_kl(loss, y_true, passes):
     With log-probabilities l_i of m passes, P_i = exp l_i, l̄ and P̄ their means over passes, ⟨·⟩ a sum over classes and
     y the probabilities that are the target,
 
-        C = −1/m · Σ_i ⟨y l_i⟩                D = 1/(m−1) · Σ_i ⟨P_i (l_i − l̄)⟩
+        C = −1/m · Σ_i ⟨y l_i⟩                D = 1/(m−1) · Σ_i ⟨(P_i − P̄) (l_i − l̄)⟩
 
     D is the mean over pairs of ½(KL + KL) (Eq. 2 of the paper), in linear time. With d_i = l_i − l̄ − ⟨P_i (l_i − l̄)⟩,
 
@@ -70,20 +70,24 @@ def _values(target, *passes):
         crossentropy = -sum(target.dot(log) for log in logs) / num_passes
         logs = [ops.maximum(log, _MINUS_INFINITY) for log in logs]
         mean = sum(logs) / num_passes
-        shifts = [_dot(ops.exp(log), log - mean) for log in logs]
-        divergence = ops.maximum(sum(shifts), 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
+        probabilities = [ops.exp(log) for log in logs]
+        shared = sum(probabilities) / num_passes
+        terms = [_dot(p - shared, log - mean) for p, log in zip(probabilities, logs)]
+        divergence = ops.maximum(sum(terms), 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
 
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
             of_target = ops.expand_dims(upstream[0], -1) / num_passes
             of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
-            probabilities = [ops.exp(log) for log in logs]
+            probabilities = [ops.exp(log) for log in logs]  # Anew, rather than kept until now.
             shared = of_divergence / num_passes * sum(probabilities)
             slope = target.total() * of_target + of_divergence
-            return tuple(
-                target.subtract(of_target, p * (slope + of_divergence * (log - mean - shift[..., None])) - shared)
-                for p, log, shift in zip(probabilities, logs, shifts)
-            )
+
+            def of_pass(p, difference):
+                difference = difference - ops.expand_dims(_dot(p, difference), -1)
+                return target.subtract(of_target, p * (slope + of_divergence * difference) - shared)
+
+            return tuple(of_pass(p, log - mean) for p, log in zip(probabilities, logs))
 
         return ops.stack([crossentropy, divergence]), gradient
 

@@ -122,3 +122,13 @@ class Own(losses.SparseCategoricalCrossentropy):
 )
 def test_others_are_read_apart(loss, divergence):
     assert not crossentropy.reads_together(loss, divergence, np.zeros((3, 4, 5)))
+
+
+def test_passes_that_hardly_differ():
+    """The divergence is of second order in the difference of the logits, and keeps its digits."""
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    first = np.random.normal(size=(8, 50), scale=2.0)
+    passes = np.stack([first, first + 1e-3 * np.random.normal(size=first.shape)]).astype("float32")
+    _, divergence = both(loss, np.zeros(8, int), passes)
+    expected = reference.mean_over_pairs(reference.kl, passes.astype("float64"))
+    np.testing.assert_allclose(divergence, expected, rtol=2e-3)

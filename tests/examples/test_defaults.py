@@ -39,7 +39,6 @@ def prepare(tmp_path, monkeypatch):
             data_dir=folder,
             features=builder.info.features,
             split_datasets={split: tf.data.Dataset.from_tensor_slices(columns(rows)) for split, rows in splits.items()},
-            disable_shuffling=True,
         )
 
     return prepare
