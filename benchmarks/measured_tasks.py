@@ -19,6 +19,7 @@ from scipy import stats
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 ENCODER_LAYERS = 6
+SHARED = ("half depth", "head only")  # Variants in which the passes share more than what is deterministic.
 FROZEN_LAYERS = 4  # Of the pretrained encoder: computed once, before training.
 
 
@@ -31,12 +32,13 @@ class Task:
         data: `{"train" | "validation" | "test": (x, y, sample_weight or None)}`, arrays or dicts of arrays.
         build: A function from a dropout rate to a new model that returns logits, or numbers for a regression.
         loss: The compiled loss, with a mean as its reduction.
-        score: A function from targets and outputs of the test split to `{name: value}`, the first the task's own.
+        score: A function from targets, outputs and weights of the test split to `{name: value}`, the first the task's
+            own. Only perplexity has weights, of tokens.
         batch_size: Rows of a batch.
         pilot_steps: How long plain training runs to find the step of its best validation loss, the unit of budgets.
         learning_rates, dropouts: What is tried for plain training.
         alphas: What is tried for R-Drop.
-        shared: `{variant: layer}`: other values of `share` to run.
+        shared: `{variant: layer}`: other values of `share` to run, for variants of `SHARED`.
         divergence: As for `RDropModel`.
         num_seeds: How many paired runs a cell has.
     """
@@ -70,7 +72,7 @@ def without_preprocessing(task):
 
 
 # ## Scores
-def accuracy_and_calibration(y, logits):
+def accuracy_and_calibration(y, logits, weights=None):
     """Accuracy, and the expected calibration error over ten bins of confidence (Guo et al., 2017)."""
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
@@ -80,13 +82,13 @@ def accuracy_and_calibration(y, logits):
     return {"accuracy": float(right.mean()), "calibration error": float(error)}
 
 
-def matthews_and_calibration(y, logits):
+def matthews_and_calibration(y, logits, weights=None):
     from sklearn.metrics import matthews_corrcoef
 
     return {"Matthews": float(matthews_corrcoef(y, logits.argmax(axis=-1))), **accuracy_and_calibration(y, logits)}
 
 
-def pearson(y, outputs):
+def pearson(y, outputs, weights=None):
     return {"Pearson": float(stats.pearsonr(y, outputs[:, 0])[0])}
 
 

@@ -19,9 +19,11 @@ Runs are kept in the file of results as they end; the same command goes on where
 """
 
 import argparse
+import functools
 import inspect
 import itertools
 import math
+import operator
 import os
 import pathlib
 import statistics
@@ -50,6 +52,7 @@ TURNS = 15  # In which the steps of all variants are timed.
 TARGETS = (0.25, 0.5)  # Of `KLBudget`, as parts of the divergence that plain training reached.
 PLAIN, THROUGHOUT, BUDGET = "plain", "R-Drop", "KLBudget"
 STARTS = {"R-Drop from ½": 0.5, "R-Drop from ¾": 0.75}
+VARIANTS = [PLAIN, THROUGHOUT, *STARTS, *measured_tasks.SHARED, BUDGET]  # As tables list them.
 
 
 # ## One run
@@ -88,7 +91,7 @@ def batches(task, seed):
         order = generator.permutation(num_rows)
         for i in range(0, num_rows - task.batch_size + 1, task.batch_size):
             rows = order[i : i + task.batch_size]
-            batch = keras.tree.map_structure(lambda array: array[rows], x), y[rows]  # noqa: B023 (used at once)
+            batch = keras.tree.map_structure(operator.itemgetter(rows), x), y[rows]
             yield batch if weights is None else (*batch, weights[rows])
 
 
@@ -133,11 +136,7 @@ def run(task, variant, setting, num_steps, seed, measure_divergence=False):
     model.model.set_weights(best.weights)
     outputs, loss = outputs_and_loss(task, model, "test")
     x, y, weights = task.data["test"]
-    score = (
-        task.score(y, outputs)
-        if len(inspect.signature(task.score).parameters) == 2
-        else task.score(y, outputs, weights)
-    )
+    score = task.score(y, outputs, weights)
     result = {
         **setting,
         "steps": steps * EVALUATIONS,
@@ -196,27 +195,31 @@ def middle(values):
     return values[len(values) // 2]
 
 
-class Runs:
-    """The runs of a task in the file of results, made if they are not there."""
+def planned(variant, setting, num_steps, seed):
+    """`run` of a task that is yet to be given."""
+    return functools.partial(run, variant=variant, setting=setting, num_steps=num_steps, seed=seed)
 
-    def __init__(self, path, name, make_task):
-        self.path, self.name, self._make_task = path, name, make_task
+
+class Runs:
+    """The runs of a task in the file of results, made if they are not there.
+
+    `hidden` are folders of this machine, and what results say in their place.
+    """
+
+    def __init__(self, path, name, make_task, hidden):
+        self.path, self.name, self._make_task, self._hidden = path, name, make_task, hidden
         self.results = measure.read(path, {})
 
-    @property
+    @functools.cached_property
     def task(self):
-        if not hasattr(self, "_task"):
-            self._task = self._make_task()
-        return self._task
+        return self._make_task()
 
     def get(self, *key, make):
         """The run called `key`, from the file or by `make(task)`."""
         key = " | ".join([self.name, *map(str, key)])
-        # Another process may have added to the file since.
-        self.results = measure.read(self.path, {})
         if key not in self.results:
-            result = {**make(self.task), "provenance": measure.provenance(HIDDEN)}
-            self.results = measure.read(self.path, {})
+            result = {**make(self.task), "provenance": measure.provenance(self._hidden)}
+            self.results = measure.read(self.path, {})  # The runs of other tasks have been added since.
             self.results[key] = result
             measure.write(self.path, dict(sorted(self.results.items())))
             print(f"{key}: {summary(result)}", flush=True)
@@ -239,7 +242,7 @@ class Runs:
             found = {}
             for each in tried:
                 name = ", ".join(f"{key} {value:g}" for key, value in each.items())
-                result = self.get("search", variant, name, make=lambda t: run(t, variant, each, steps, SEARCH_SEED))  # noqa: B023 (used at once)
+                result = self.get("search", variant, name, make=planned(variant, each, steps, SEARCH_SEED))
                 found[name] = min(result["validation losses"]), each
             return min(found.values(), key=lambda pair: pair[0])[1]
 
@@ -258,10 +261,8 @@ class Runs:
         unit, price, chosen = self.settings()
         for budget, variant in itertools.product(BUDGETS, variants_of(self.task)):
             steps = steps_of(variant, budget, unit, price)
-            self.get(
-                "main", variant, f"budget {budget}", f"seed {seed}",
-                make=lambda t: run(t, variant, chosen[variant], steps, seed),  # noqa: B023 (used at once)
-            )  # fmt: skip
+            make = planned(variant, chosen[variant], steps, seed)
+            self.get("main", variant, f"budget {budget}", f"seed {seed}", make=make)
 
 
 def summary(result):
@@ -356,7 +357,7 @@ def tables(results):
         + " |"
     ]
     lines += ["|---" * (1 + 2 * len(BUDGETS)) + "|"]
-    for variant in [THROUGHOUT, *STARTS, "half depth", "head only", BUDGET]:
+    for variant in VARIANTS[1:]:
         cells = []
         for what, budget in itertools.product(("score", "loss"), BUDGETS):
             kinds = counts.get((variant, budget, what), [])
@@ -367,7 +368,7 @@ def tables(results):
         score, *others = measures_of(runs)[:3]
         price = results[f"{name} | price"]
         variants = list(dict.fromkeys(variant for variant, _ in runs))
-        variants.sort(key=[PLAIN, THROUGHOUT, *STARTS, "half depth", "head only", BUDGET].index)
+        variants.sort(key=VARIANTS.index)
         seeds = max(map(len, runs.values()))
         lines += ["", f"### {title[0].upper()}{title[1:]}", ""]
         alpha = next(r["alpha"] for k, r in results.items() if is_of(k, name) and f"main | {THROUGHOUT} |" in k)
@@ -436,9 +437,6 @@ def report(results, folder):
     draw(results, folder)
 
 
-HIDDEN = []
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=measured_tasks.TASKS, default=list(measured_tasks.TASKS))
@@ -457,16 +455,14 @@ def main():
     if args.report:
         report(measure.read(args.out, {}), args.report)
         return
-    if args.data:
-        HIDDEN.append((args.data, "FOLDER"))
-    if args.encoder:
-        HIDDEN.append((args.encoder, "ENCODER"))
+    hidden = [(args.data, "FOLDER")] if args.data else []
+    hidden += [(args.encoder, "ENCODER")] if args.encoder else []
     runs = []
     for name in args.tasks:
         make = measured_tasks.TASKS[name]
         parameters = inspect.signature(make).parameters
         arguments = {"folder": args.data} | ({"encoder": args.encoder} if "encoder" in parameters else {})
-        runs.append(Runs(args.out, name, lambda make=make, arguments=arguments: make(**arguments)))
+        runs.append(Runs(args.out, name, functools.partial(make, **arguments), hidden))
     for seed in range(args.seeds or 5):
         for each in runs:
             each.main(seed)

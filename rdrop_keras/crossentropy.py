@@ -11,7 +11,7 @@ objective, where the compiled loss is Keras's categorical or sparse categorical 
 import keras
 from keras import ops
 
-_MINUS_INFINITY = -1e30  # What a logit of −inf is taken for, of which differences are no NaN.
+from rdrop_keras import divergences
 
 
 def reads_together(loss, divergence, output):
@@ -68,7 +68,7 @@ def _values(target, *passes):
     def values(*passes):
         logs = [ops.log_softmax(logits) for logits in passes]
         crossentropy = -sum(target.dot(log) for log in logs) / num_passes
-        logs = [ops.maximum(log, _MINUS_INFINITY) for log in logs]
+        logs = [ops.maximum(log, divergences.MINUS_INFINITY) for log in logs]
         mean = sum(logs) / num_passes
         probabilities = [ops.exp(log) for log in logs]
         shared = sum(probabilities) / num_passes

@@ -22,7 +22,7 @@ from keras import ops, tree
 # gradient stop growing at log-ratios of 16.
 _TINY = float(np.finfo("float32").tiny)
 # In place of −inf: finite, so that a class that is impossible in every pass differs by 0 and not by NaN.
-_MINUS_INFINITY = -1e30
+MINUS_INFINITY = -1e30
 
 
 def _mean(tensors):
@@ -46,7 +46,7 @@ def _softmax_pair(passes, from_logits, axis):
     if not from_logits:
         return passes, [_log(p) for p in passes]
     log_ps = [ops.log_softmax(z, axis=axis) for z in passes]
-    return [ops.exp(p) for p in log_ps], [ops.maximum(p, _MINUS_INFINITY) for p in log_ps]
+    return [ops.exp(p) for p in log_ps], [ops.maximum(p, MINUS_INFINITY) for p in log_ps]
 
 
 def _kl(passes, from_logits, axis):
@@ -69,7 +69,7 @@ def _kl_of_two(a, b, axis):
     @ops.custom_gradient
     def divergence(a, b):
         p, q = ops.softmax(a, axis=axis), ops.softmax(b, axis=axis)
-        e = ops.maximum(a, _MINUS_INFINITY) - ops.maximum(b, _MINUS_INFINITY)
+        e = ops.maximum(a, MINUS_INFINITY) - ops.maximum(b, MINUS_INFINITY)
         # ⟨P − Q⟩ = 0, so that any number of each row may be taken off e: with this one the difference of saturated
         # outputs, where P and Q have rounded to 1, is 0 and not lost in rounding.
         e = e - ops.sum(p * e, axis=axis, keepdims=True)
@@ -90,7 +90,7 @@ def _bernoulli_kl(passes, from_logits, axis):
     # where p has rounded to 1.
     if from_logits:
         ps, qs = [ops.sigmoid(z) for z in passes], [ops.sigmoid(-z) for z in passes]
-        log_odds = [ops.clip(z, _MINUS_INFINITY, -_MINUS_INFINITY) for z in passes]
+        log_odds = [ops.clip(z, MINUS_INFINITY, -MINUS_INFINITY) for z in passes]
     else:
         ps, qs = passes, [1.0 - p for p in passes]
         log_odds = [_log(p) - _log(q) for p, q in zip(ps, qs)]

@@ -205,7 +205,8 @@ class RDropModel(WrapperModel):
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the program of training, and notes the versions for `training_card`."""
-        self._trained_with = card.installed_versions()
+        if self.train_function is None or force:  # Keras asks in each `train_on_batch`.
+            self._trained_with = card.installed_versions()
         super().make_train_function(force)
 
     def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
