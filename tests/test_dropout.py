@@ -11,7 +11,7 @@ from rdrop_keras.passes import rates
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6
-HALF_TOLERANCE = 2**-6  # Two units in the last of bfloat16's eight bits: there the backends round otherwise from call to call.
+HALF_TOLERANCE = 2**-6  # Two units in the last of bfloat16's eight bits; the backends round otherwise in each call.
 
 
 @pytest.fixture(scope="module")
