@@ -8,10 +8,14 @@ Comes in: targets, and the logits of all passes. Goes out: both values for each 
 objective, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits.
 """
 
+import functools
+
 import keras
 from keras import ops
 
 from rdrop_keras import divergences
+from rdrop_keras.keras_gaps import blocks
+from rdrop_keras.passes import tiling
 
 
 def reads_together(loss, divergence, output):
@@ -30,7 +34,7 @@ def reads_together(loss, divergence, output):
     )
 
 
-def crossentropy_and_kl(loss, y_true, passes):
+def crossentropy_and_kl(loss, y_true, logits, num_passes):
     """The mean over passes of the values of `loss`, and the divergence `"kl"` between passes, of each element.
 
     With log-probabilities l_i of m passes, P_i = exp l_i, l̄ and P̄ their means over passes, ⟨·⟩ a sum over classes and
@@ -42,74 +46,195 @@ def crossentropy_and_kl(loss, y_true, passes):
 
         ∂C/∂z_i = 1/m · (⟨y⟩ P_i − y)         ∂D/∂z_i = 1/(m−1) · (P_i (1 + d_i) − P̄)
 
+    On a processor, rows of many classes are taken block by block. The gradient takes the softmax anew; nothing as large
+    as the logits is kept for it.
+
     Args:
         loss: A `CategoricalCrossentropy` or `SparseCategoricalCrossentropy` from logits, with its own label smoothing
             and `ignore_class`; elements of that class have 0.
         y_true: Its targets, of shape `(batch, …)` or `(batch, …, classes)`.
-        passes: The logits z_i of each pass, of shape `(batch, …, classes)`.
+        logits: The logits z_i of all passes, of shape `(passes · batch, …, classes)`, joined as by `passes.tiling`.
+        num_passes: The number of passes, m.
 
     Returns:
         Two tensors of shape `(batch, …)`, in float32 or wider.
     """
     config = loss.get_config()
-    passes = [ops.cast(logits, keras.backend.result_type(logits.dtype, "float32")) for logits in passes]
     if isinstance(loss, keras.losses.CategoricalCrossentropy):
-        target = _Probabilities(y_true, passes[0], config["label_smoothing"])
+        target = _Probabilities.of(y_true, logits, config["label_smoothing"])
     else:
-        target = _Classes(y_true, passes[0], config["ignore_class"])
-    values = _values(target, *passes)
+        target = _Classes.of(y_true, logits, config["ignore_class"])
+    size = blocks.rows_in_block(logits, num_passes)
+    if size is None:
+        compute = functools.partial(_at_once, target, num_passes)
+    elif _on_torch():
+        compute = functools.partial(_in_place, target, num_passes, size)
+    else:
+        compute = functools.partial(_in_blocks, target, num_passes, size)
+
+    @ops.custom_gradient
+    def values_of(logits):
+        values, gradients = compute(logits)
+
+        def gradient(*args, upstream=None):
+            return gradients(args[0] if upstream is None else upstream)  # PyTorch gives it by name, after the logits.
+
+        return values, gradient
+
+    values = values_of(logits)
     return target.counted(values[0]), values[1]
 
 
-def _values(target, *passes):
+def _at_once(target, num_passes, logits):
+    """The two values, and the function of their gradient, by operations on whole tensors."""
+    passes = tiling.split(logits, num_passes)
+    return _values(target, passes), lambda upstream: tiling.concatenate(_gradients(target, passes, upstream))
+
+
+def _in_blocks(target, num_passes, size, logits):
+    """The same, in blocks of `size` rows."""
+    classes = logits.shape[-1]
+    joined, rows = ops.reshape(logits, (-1, classes)), target.rows()
+    num_blocks = ops.shape(joined)[0] // (num_passes * size)
+
+    def passes_of(i):
+        return [blocks.rows(joined, (k * num_blocks + i) * size, size) for k in range(num_passes)]
+
+    def values_of(i):
+        return _values(rows.part(i * size, size), passes_of(i))
+
+    def gradients(upstream):
+        upstream = ops.transpose(ops.reshape(upstream, (2, -1)))
+
+        def gradients_of(i):
+            upstream_of_rows = ops.transpose(blocks.rows(upstream, i * size, size))
+            return _gradients(rows.part(i * size, size), passes_of(i), upstream_of_rows)
+
+        return ops.reshape(blocks.filled(gradients_of, num_blocks, size, joined), ops.shape(logits))
+
+    shape = ops.shape(logits)
+    values = blocks.side_by_side(values_of, num_blocks, 2, _wide_dtype(logits))
+    return ops.reshape(values, (2, shape[0] // num_passes, *shape[1:-1])), gradients
+
+
+def _in_place(target, num_passes, size, logits):
+    """The same on PyTorch, where each operation writes what it computes: over what is not needed any more."""
+    import torch
+
+    passes = logits.reshape(num_passes, -1, logits.shape[-1])
+    rows = target.rows()
+    starts = range(0, passes.shape[1], size)
+
+    def log_softmax(first):
+        return [torch.log_softmax(_wide(logits[first : first + size]), -1) for logits in passes]
+
+    def mean(tensors):
+        return sum(tensors[1:], tensors[0]).div_(num_passes)
+
+    def subtract(tensors, tensor):
+        for each in tensors:
+            each.sub_(tensor)
+
+    def values_of(first):
+        logs = log_softmax(first)
+        crossentropy = sum(map(rows.part(first, len(logs[0])).dot, logs)) / -num_passes
+        probabilities = [log.clamp_min_(divergences.MINUS_INFINITY).exp() for log in logs]
+        if num_passes == 2:  # Half the product of the differences is the same, in fewer operations.
+            divergence = 0.5 * torch.linalg.vecdot(*(each[0].sub_(each[1]) for each in (probabilities, logs)))
+        else:
+            subtract(logs, mean(logs))
+            subtract(probabilities, mean(probabilities))
+            divergence = sum(map(torch.linalg.vecdot, probabilities, logs)) / (num_passes - 1)
+        return torch.stack([crossentropy, divergence.clamp_min_(0.0)])
+
+    values = torch.cat([values_of(first) for first in starts], dim=1)
+
+    def gradients(upstream):
+        result = torch.empty_like(logits)
+        of_passes = result.view_as(passes)
+        of_targets, of_divergences = upstream.reshape(2, -1, 1)
+        of_targets, of_divergences = of_targets / num_passes, of_divergences / (num_passes - 1)
+        for first in starts:
+            block = slice(first, first + size)
+            logs, part = log_softmax(first), rows.part(first, len(of_targets[block]))
+            of_target, of_divergence = of_targets[block], of_divergences[block]
+            slope = part.total() * of_target + of_divergence
+            probabilities = [log.clamp_min_(divergences.MINUS_INFINITY).exp() for log in logs]
+            shared = mean(probabilities).mul_(of_divergence)
+            subtract(logs, mean(logs))
+            for p, log, of_pass in zip(probabilities, logs, of_passes):
+                log.sub_(torch.linalg.vecdot(p, log)[:, None]).mul_(of_divergence).add_(slope).mul_(p).sub_(shared)
+                of_pass[block] = part.subtract(of_target, log)
+        return result
+
+    return values.reshape(2, -1, *logits.shape[1:-1]), gradients
+
+
+def _values(target, passes):
+    """The two values, stacked."""
     num_passes = len(passes)
-
-    @ops.custom_gradient
-    def values(*passes):
-        logs = [ops.log_softmax(logits) for logits in passes]
-        crossentropy = -sum(target.dot(log) for log in logs) / num_passes
-        logs = [ops.maximum(log, divergences.MINUS_INFINITY) for log in logs]
-        mean = sum(logs) / num_passes
-        probabilities = [ops.exp(log) for log in logs]
-        shared = sum(probabilities) / num_passes
+    logs = [ops.log_softmax(_wide(z)) for z in passes]
+    crossentropy = -sum(map(target.dot, logs)) / num_passes
+    logs = [ops.maximum(log, divergences.MINUS_INFINITY) for log in logs]
+    probabilities = [ops.exp(log) for log in logs]
+    if num_passes == 2:  # The same, in fewer operations.
+        terms = [0.5 * _dot(probabilities[0] - probabilities[1], logs[0] - logs[1])]
+    else:
+        mean, shared = sum(logs) / num_passes, sum(probabilities) / num_passes
         terms = [_dot(p - shared, log - mean) for p, log in zip(probabilities, logs)]
-        divergence = ops.maximum(sum(terms), 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
+    divergence = ops.maximum(sum(terms), 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
+    return ops.stack([crossentropy, divergence])
 
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
-            of_target = ops.expand_dims(upstream[0], -1) / num_passes
-            of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
-            probabilities = [ops.exp(log) for log in logs]  # Anew, rather than kept until now.
-            shared = of_divergence / num_passes * sum(probabilities)
-            slope = target.total() * of_target + of_divergence
 
-            def of_pass(p, difference):
-                difference = difference - ops.expand_dims(_dot(p, difference), -1)
-                return target.subtract(of_target, p * (slope + of_divergence * difference) - shared)
+def _gradients(target, passes, upstream):
+    """The gradients with respect to the logits of each pass, of the two values times `upstream`."""
+    num_passes = len(passes)
+    of_target = ops.expand_dims(upstream[0], -1) / num_passes
+    of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
+    logs = [ops.maximum(ops.log_softmax(_wide(z)), divergences.MINUS_INFINITY) for z in passes]
+    mean = sum(logs) / num_passes
+    probabilities = [ops.exp(log) for log in logs]
+    shared = of_divergence / num_passes * sum(probabilities)
+    slope = target.total() * of_target + of_divergence
 
-            return tuple(of_pass(p, log - mean) for p, log in zip(probabilities, logs))
+    def of_pass(p, difference, dtype):
+        difference = difference - ops.expand_dims(_dot(p, difference), -1)
+        return ops.cast(target.subtract(of_target, p * (slope + of_divergence * difference) - shared), dtype)
 
-        return ops.stack([crossentropy, divergence]), gradient
+    return [of_pass(p, log - mean, z.dtype) for p, log, z in zip(probabilities, logs, passes)]
 
-    return values(*passes)
+
+def _wide(logits):
+    return ops.cast(logits, _wide_dtype(logits))
+
+
+def _wide_dtype(logits):
+    return keras.backend.result_type(logits.dtype, "float32")
 
 
 def _dot(a, b):
-    """⟨a b⟩, without writing the products."""
-    return ops.einsum("...c,...c->...", a, b)
+    """⟨a b⟩, without writing the products where no compiler would leave them out."""
+    return ops.sum(a * b, axis=-1) if keras.backend.backend() == "jax" else ops.einsum("...c,...c->...", a, b)
 
 
 class _Classes:
-    """Targets that are classes."""
+    """Targets that are classes, of shape `(…, 1)`; `counts` says of which of them the loss is not to be ignored."""
 
-    def __init__(self, y_true, logits, ignored):
+    def __init__(self, classes, counts=None):
+        self._classes = classes
+        self._counts = counts
+
+    @classmethod
+    def of(cls, y_true, logits, ignored):
         if len(y_true.shape) == len(logits.shape):  # As Keras, which takes `(batch, …, 1)` too.
             y_true = ops.squeeze(y_true, -1)
-        self._counts = None if ignored is None else ops.not_equal(y_true, ops.cast(ignored, y_true.dtype))
-        classes = y_true if ignored is None else ops.where(self._counts, y_true, ops.zeros_like(y_true))
-        self._classes = ops.expand_dims(ops.cast(classes, "int64" if _on_torch() else "int32"), -1)
+        counts = None if ignored is None else ops.not_equal(y_true, ops.cast(ignored, y_true.dtype))
+        classes = y_true if ignored is None else ops.where(counts, y_true, ops.zeros_like(y_true))
+        return cls(ops.expand_dims(ops.cast(classes, "int64" if _on_torch() else "int32"), -1), counts)
 
     def dot(self, logs):
+        if _on_torch():
+            return logs.gather(-1, self._classes).squeeze(-1)
         return ops.squeeze(ops.take_along_axis(logs, self._classes, axis=-1), -1)
 
     def total(self):
@@ -125,15 +250,24 @@ class _Classes:
         at_target = ops.equal(ops.arange(gradient.shape[-1], dtype=self._classes.dtype), self._classes)
         return ops.where(at_target, gradient - amount, gradient)
 
+    def rows(self):
+        """The same with the batch and all other axes but that of classes as one."""
+        return _Classes(ops.reshape(self._classes, (-1, 1)))
+
+    def part(self, first, size):
+        return _Classes(blocks.rows(self._classes, first, size))
+
 
 class _Probabilities:
-    """Targets that are probabilities of the classes."""
+    """Targets that are probabilities of the classes, of shape `(…, classes)`."""
 
-    def __init__(self, y_true, logits, smoothing):
-        y_true = ops.cast(y_true, logits.dtype)
-        if smoothing:
-            y_true = y_true * (1.0 - smoothing) + smoothing / logits.shape[-1]
-        self._y = y_true
+    def __init__(self, y):
+        self._y = y
+
+    @classmethod
+    def of(cls, y_true, logits, smoothing):
+        y_true = ops.cast(y_true, _wide_dtype(logits))
+        return cls(y_true * (1.0 - smoothing) + smoothing / logits.shape[-1] if smoothing else y_true)
 
     def dot(self, logs):
         return ops.sum(ops.where(ops.equal(self._y, 0), ops.zeros_like(logs), self._y * logs), axis=-1)
@@ -146,6 +280,12 @@ class _Probabilities:
 
     def subtract(self, amount, gradient):
         return gradient - amount * self._y
+
+    def rows(self):
+        return _Probabilities(ops.reshape(self._y, (-1, self._y.shape[-1])))
+
+    def part(self, first, size):
+        return _Probabilities(blocks.rows(self._y, first, size))
 
 
 def _on_torch():

@@ -174,8 +174,8 @@ class _PassesLoss:
         passes = tiling.split(y_pred, num_passes)
         task = None
         if self.divergence is not None:
-            if crossentropy.reads_together(self.loss, self.divergence, passes[0]):
-                task, values = crossentropy.crossentropy_and_kl(self.loss, y_true, passes)
+            if crossentropy.reads_together(self.loss, self.divergence, y_pred):
+                task, values = crossentropy.crossentropy_and_kl(self.loss, y_true, y_pred, num_passes)
                 task = self._reduced(self.reduction, task, y_true, passes, sample_weight)
             else:
                 values = self._divergence_of(passes)

@@ -10,6 +10,7 @@ from keras import layers, losses, ops
 import reference
 from models import Passes, gradients_of_step, to_numpy
 from rdrop_keras import Divergence, RDropModel, crossentropy
+from rdrop_keras.keras_gaps import blocks
 
 SMOOTHING = 0.1
 LENGTHS = np.array([4, 2, 3])
@@ -51,9 +52,13 @@ def step_and_oracle(kind, m, reduction, weighted, masked, ignored, scale=1.5):
 
 
 # Weights and masks are Keras's to reduce, and reductions are tested in `test_objective.py`: here each combination once.
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("kind", ["sparse", "categorical"])
-def test_every_combination(kind, m):
+def test_every_combination(kind, m, in_blocks, monkeypatch):
+    if in_blocks:  # Of two of the four columns of a row.
+        monkeypatch.setattr(blocks, "FEWEST_ELEMENTS", 10)
+        monkeypatch.setattr(blocks, "ELEMENTS", 19)
     reductions = itertools.cycle(["sum_over_batch_size", "sum", "mean_with_sample_weight"])
     choices = itertools.product(
         [None, "rows", "elements"], [False, True], [False, True] if kind == "sparse" else [False]
@@ -65,7 +70,8 @@ def test_every_combination(kind, m):
 
 
 def both(loss, y, passes):
-    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), list(map(ops.convert_to_tensor, passes)))
+    joined = ops.convert_to_tensor(np.concatenate(passes))
+    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), joined, len(passes))
     return [ops.convert_to_numpy(value) for value in values]
 
 
@@ -80,8 +86,8 @@ def test_types_and_large_logits(dtype):
         sum(reference.sparse_cross_entropy(y, p) for p in rounded) / 2,
         reference.mean_over_pairs(reference.kl, rounded),
     ]
-    tensors = [ops.cast(ops.convert_to_tensor(p.astype("float32")), dtype) for p in passes]
-    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), tensors)
+    joined = ops.cast(ops.convert_to_tensor(np.concatenate(passes).astype("float32")), dtype)
+    values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), joined, 2)
     for value, of_oracle in zip(values, expected):
         assert keras.backend.standardize_dtype(value.dtype) == "float32"
         np.testing.assert_allclose(ops.convert_to_numpy(value), of_oracle, rtol=1e-5, atol=1e-6)

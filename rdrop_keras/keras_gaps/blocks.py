@@ -1,0 +1,91 @@
+"""Loops over blocks of rows that stay in a processor's cache, which Keras does not have.
+
+Comes in: a function of a block's first row. Goes out: what it computes of all blocks. Called by: `crossentropy.py`.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+ELEMENTS = 2**17  # Of a block: with what is computed of it, it fits the cache.
+FEWEST_ELEMENTS = 2**13  # With fewer the loop itself takes as long as its work.
+
+
+def rows_in_block(tensor, num_parts):
+    """How many rows a block of each of the `num_parts` equal parts of `tensor` has; None where blocks do not help.
+
+    They help on a processor. Other devices need whole tensors to be busy, and under `keras.distribution` a block would
+    lie on one device. `torch.compile` would unroll the loop.
+    """
+    batch, *others, width = tensor.shape
+    if width is None:
+        return None
+    known = math.prod([1 if batch is None else batch // num_parts, *(size for size in others if size is not None)])
+    fitting = [n for n in range(1, min(known, ELEMENTS // width) + 1) if known % n == 0]
+    if not fitting or fitting[-1] * width < FEWEST_ELEMENTS or not _on_processor(tensor):
+        return None
+    return fitting[-1]
+
+
+def _on_processor(tensor):
+    if keras.distribution.distribution() is not None:
+        return False
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    import tensorflow as tf
+
+    return not (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
+
+
+def rows(tensor, first, size):
+    """`size` rows of a matrix, or those that there are."""
+    if keras.backend.backend() == "torch":
+        return tensor[first : first + size]
+    return ops.slice(tensor, (first, 0), (size, tensor.shape[1]))
+
+
+def side_by_side(compute, num_blocks, num_values, dtype):
+    """`compute(i)`, of shape `(num_values, n)` and `dtype`, of all blocks i, joined on axis 1."""
+    numbers = ops.arange(num_blocks, dtype="int32")
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        of_blocks = tf.map_fn(compute, numbers, fn_output_signature=dtype, parallel_iterations=1)
+    else:
+        of_blocks = ops.map(compute, numbers)
+    return ops.reshape(ops.transpose(of_blocks, (1, 0, 2)), (num_values, -1))
+
+
+def filled(compute, num_blocks, size, like):
+    """A tensor like `like`, of shape `(m · num_blocks · size, width)`.
+
+    `compute(i)` has m tensors: the rows of block i in each of its m equal parts.
+    """
+    if keras.backend.backend() == "jax":
+        from jax import lax
+
+        def fill(i, result):
+            for part, rows in enumerate(compute(i)):
+                first = (part * num_blocks + i) * size
+                result = lax.dynamic_update_slice_in_dim(result, rows, first, axis=0)
+            return result
+
+        return lax.fori_loop(0, num_blocks, fill, ops.zeros_like(like))
+    import tensorflow as tf
+
+    def fill(i, result):
+        for part, rows in enumerate(compute(i)):
+            result = result.write(part * num_blocks + i, rows)
+        return i + 1, result
+
+    num_parts = tf.shape(like)[0] // (num_blocks * size)
+    result = tf.TensorArray(like.dtype, num_parts * num_blocks, element_shape=(size, like.shape[1]))
+    _, result = tf.while_loop(lambda i, _: i < num_blocks, fill, (0, result), parallel_iterations=1)
+    return tf.reshape(result.stack(), tf.shape(like))
