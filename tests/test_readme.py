@@ -85,13 +85,14 @@ def test_docstrings(name):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_step_times_are_those_measured():
-    (path,) = (ROOT / "benchmarks" / "results").glob("step_time.json")
+@pytest.mark.parametrize("backend", ["TensorFlow", "JAX", "PyTorch"])
+def test_step_times_are_those_measured(backend):
+    path = ROOT / "benchmarks" / "results" / f"step_time_{backend.lower().removeprefix('py')}.json"
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    table = re.search(r"^\| × the time of a plain step.*?\n\n", PAGES["sharing.md"], re.MULTILINE | re.DOTALL)
-    _, _, *rows = table[0].split("\n")
+    table = re.search(rf"^\| {backend}, × the time of a plain.*?\n\n", PAGES["sharing.md"], re.MULTILINE | re.DOTALL)
+    _, _, *rows = table[0].rstrip().split("\n")
     names = [name for name in cases["bert"]["variants"] if name != "plain"]
-    for name, row in zip(names, rows):
+    for name, row in zip(names, rows, strict=True):
         cells = [cell.strip() for cell in row.strip("| ").split("|")][1:]
         measured = [case["variants"].get(name) for case in cases.values()]
         assert [f"{m['ratio']:.2f}" if m else "" for m in measured][: len(cells)] == cells
