@@ -4,7 +4,7 @@ All variants of a case train the same network on the same batch of random data, 
 so that what slows the machine slows all of them. A figure is the median over rounds of the ratio to the plain step of
 the same round. Peak memory is that of a process of its own for each variant, and is read on Linux only.
 
-    python step_time.py                                  # the five small cases, 15 rounds
+    python step_time.py                                  # the six small cases, 15 rounds
     KERAS_BACKEND=jax python step_time.py --cases bert,lm
     python step_time.py --options --cases vit            # the cost of passes, of two rates, of steps between
     KERAS_BACKEND=jax python step_time.py --cases vit_b16,bert_base --dtype mixed_bfloat16 --batch-size 128   # a GPU
@@ -27,7 +27,7 @@ from keras import layers, ops
 import measure
 import rdrop_keras
 
-SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm")
+SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm", "tiny")
 LARGE = ("vit_b16", "bert_base")
 WARM_UP_STEPS = 3
 MEMORY_STEPS = 3
@@ -106,6 +106,17 @@ def lm(vocabulary=16_000, length=64):
     return keras.Model(backbone.input, logits), functools.partial(text, length, vocabulary), None
 
 
+def tiny():
+    """So small that a step's time goes to what is around it."""
+    model = keras.Sequential([keras.Input((16,)), layers.Dropout(0.1), layers.Dense(16, "relu"), layers.Dense(10)])
+    return model, vectors, None
+
+
+def vectors(rows):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(rows, 16)).astype("float32"), rng.integers(0, 10, rows)
+
+
 def vit_b16():
     backbone = keras_hub.models.ViTBackbone(
         (224, 224, 3), (16, 16), 12, 12, 768, 3072, dropout_rate=0.1, attention_dropout=0.1, name="backbone"
@@ -122,6 +133,7 @@ CASES = {
     "vit": (vit, 32, "ViT of 4 layers, 128 wide, 64 patches"),
     "bert": (bert, 32, "BERT of 4 layers, 128 wide, 64 tokens"),
     "lm": (lm, 16, "GPT-2 of 2 layers, 256 wide, 64 tokens, vocabulary 16,000"),
+    "tiny": (tiny, 32, "two dense layers of 16 and 10 units"),
     "vit_b16": (vit_b16, 64, "ViT-B/16 224×224"),
     "bert_base": (bert_base, 64, "BERT-base, 128 tokens"),
 }
@@ -211,10 +223,13 @@ def step(model, x, y):
 
 
 def time_case(args, case):
-    """`{variant: seconds of every round}`."""
-    runs = {}
+    """`{variant: seconds of every round}`, and `{variant: seconds of the first step}`, which traces and compiles."""
+    runs, first = {}, {}
     for name, make in variants(args, case).items():
         runs[name] = make()
+        start = time.perf_counter()
+        step(*runs[name])
+        first[name] = time.perf_counter() - start
         for _ in range(WARM_UP_STEPS):
             assert np.isfinite(step(*runs[name])), name
     seconds = {name: [] for name in runs}
@@ -225,7 +240,7 @@ def time_case(args, case):
             start = time.perf_counter()
             step(*runs[name])
             seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return seconds, first
 
 
 def memory(args, case, variant):
@@ -269,7 +284,7 @@ def ratios(seconds, name, base):
 
 
 def timed(args, case):
-    seconds = time_case(args, case)
+    seconds, first = time_case(args, case)
     rows = {}
     for name in seconds:
         over_plain = ratios(seconds, name, "plain")
@@ -277,15 +292,19 @@ def timed(args, case):
             "seconds": statistics.median(seconds[name]),
             "ratio": statistics.median(over_plain),
             "ratio_quartiles": statistics.quantiles(over_plain, n=4)[::2],
+            "first_step_seconds": first[name],
             "ratio_to_2N": statistics.median(ratios(seconds, name, "plain, 2N rows")),
         }
     _, batch_size, title = CASES[case]
     batch_size = args.batch_size or batch_size
     print(f"\n{title}, N = {batch_size}")
-    print(f"{'':32} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6}")
+    print(f"{'':32} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6} {'first step':>10}")
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
-        print(f"{name:32} {row['seconds']:8.4f} {row['ratio']:8.2f} {low:8.2f}-{high:.2f} {row['ratio_to_2N']:6.2f}")
+        print(
+            f"{name:32} {row['seconds']:8.4f} {row['ratio']:8.2f} {low:8.2f}-{high:.2f} {row['ratio_to_2N']:6.2f} "
+            f"{row['first_step_seconds']:10.2f}"
+        )
     sys.stdout.flush()
     return {"title": title, "batch_size": batch_size, "variants": rows}
 

@@ -65,10 +65,10 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
     else:
         target = _Classes.of(y_true, logits, config["ignore_class"])
     size = blocks.rows_in_block(logits, num_passes)
-    if size is None:
-        compute = functools.partial(_at_once, target, num_passes)
-    elif _on_torch():
+    if _on_torch() and not _is_compiling():
         compute = functools.partial(_in_place, target, num_passes, size)
+    elif size is None:
+        compute = functools.partial(_at_once, target, num_passes)
     else:
         compute = functools.partial(_in_blocks, target, num_passes, size)
 
@@ -123,7 +123,9 @@ def _in_place(target, num_passes, size, logits):
 
     passes = logits.reshape(num_passes, -1, logits.shape[-1])
     rows = target.rows()
-    starts = range(0, passes.shape[1], size)
+    num_rows = max(1, passes.shape[1])  # A batch without rows is one block too.
+    size = size or num_rows
+    starts = range(0, num_rows, size)
 
     def log_softmax(first):
         return [torch.log_softmax(_wide(logits[first : first + size]), -1) for logits in passes]
@@ -286,6 +288,13 @@ class _Probabilities:
 
     def part(self, first, size):
         return _Probabilities(blocks.rows(self._y, first, size))
+
+
+def _is_compiling():
+    """Whether `torch.compile` is reading along, which fuses operations itself and would unroll a loop."""
+    import torch
+
+    return torch.compiler.is_compiling()
 
 
 def _on_torch():

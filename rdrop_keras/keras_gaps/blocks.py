@@ -16,7 +16,7 @@ def rows_in_block(tensor, num_parts):
     """How many rows a block of each of the `num_parts` equal parts of `tensor` has; None where blocks do not help.
 
     They help on a processor. Other devices need whole tensors to be busy, and under `keras.distribution` a block would
-    lie on one device. `torch.compile` would unroll the loop.
+    lie on one device.
     """
     batch, *others, width = tensor.shape
     if width is None:
@@ -36,9 +36,7 @@ def _on_processor(tensor):
 
         return jax.default_backend() == "cpu"
     if keras.backend.backend() == "torch":
-        import torch
-
-        return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+        return tensor.device.type == "cpu"
     import tensorflow as tf
 
     return not (tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))

@@ -43,10 +43,12 @@ def drawing_from(seed):
         return
     import torch
 
-    if int(keras.ops.max(seed.state)) == _NOT_STARTED:
+    if int(seed.state.value.max()) == _NOT_STARTED:
         _start(seed)
     with _torch_fork():
-        torch.manual_seed(int(keras.ops.sum(seed.next())))
+        # `torch.manual_seed` notes the whole call stack, which a small step would feel.
+        manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+        manual_seed(int(seed.next().sum()))
         yield
 
 
