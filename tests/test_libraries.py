@@ -85,6 +85,7 @@ def compiled(model, **kwargs):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_raw_strings_as_the_task_takes_them(hub):
     data = {"x": TEXTS, "y": LABELS, "batch_size": 2, "verbose": 0}
@@ -111,6 +112,7 @@ def test_raw_strings_as_the_task_takes_them(hub):
     assert evaluated["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_raw_strings_in_batch_methods_and_splits(hub):
     model = compiled(RDropModel(bert(hub)))
@@ -171,6 +173,7 @@ def test_head_alone_in_float16(hub):
     assert np.isfinite(history["loss"]).all() and min(history["consistency_loss"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.needs("keras_hub")
 def test_task_exported(hub, tmp_path):
@@ -202,8 +205,9 @@ def test_pretrained_configurations_without_dropout(hub):
         RDropModel(bert(hub, dropout=0.0))
 
 
-# KerasHub's tasks warn of this whenever they are loaded.
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
+# KerasHub's tasks warn of this whenever they are loaded.
 @pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called as part of model loading")
 def test_task_saved_and_reloaded(hub, tmp_path):
     model = compiled(RDropModel(bert(hub), alpha=0.5))
@@ -215,10 +219,9 @@ def test_task_saved_and_reloaded(hub, tmp_path):
     assert again.fit(TEXTS, LABELS, verbose=0).history["consistency_loss"][0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
-@pytest.mark.parametrize(
-    "build", [pytest.param(gpt2, id="CausalLM"), pytest.param(bart, id="Seq2SeqLM", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("build", [pytest.param(gpt2, id="CausalLM"), pytest.param(bart, id="Seq2SeqLM")])
 def test_language_models_train_and_generate(hub, build):
     task = build(hub)
     raw = (
@@ -249,6 +252,7 @@ def test_images(hub):
     assert model.predict(images, verbose=0).shape == (6, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_transformer_layers(hub):
     source, target = (
@@ -285,6 +289,7 @@ def test_applications():
     assert any((to_numpy(w) != b).any() for w, b in zip(backbone.non_trainable_weights, before))
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.needs("keras_cv")
 @pytest.mark.filterwarnings("ignore")  # KerasCV 0.9 predates Keras 3.15 and warns of it in many ways.
