@@ -31,10 +31,6 @@ if BACKEND == "tensorflow":
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
     # Optimizing takes a third of the time, and is not worth it for small graphs that run a few times.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    # Nor is compiling them by XLA, which `jit_compile="auto"` does. Tests that are about XLA ask for it.
-    from keras.src.trainers import trainer
-
-    trainer.model_supports_jit = lambda model: False
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # The reasons for which a test may be skipped.

@@ -136,7 +136,7 @@ OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "bu
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("replicas", [2, slow(4)])
-@pytest.mark.parametrize("name", [slow(n) if n in ("share", "schedule", "bounds") else n for n in OPTION_NAMES])
+@pytest.mark.parametrize("name", [n if n in ("every", "budget") else slow(n) for n in OPTION_NAMES])
 def test_mirrored_options(name, replicas):
     options = OPTIONS[OPTION_NAMES.index(name)]
     with mirrored(replicas).scope():
