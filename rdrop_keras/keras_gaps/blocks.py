@@ -1,6 +1,6 @@
 """Loops over blocks of rows that stay in a processor's cache, which Keras does not have.
 
-Comes in: a function of a block's first row. Goes out: what it computes of all blocks. Called by: `crossentropy.py`.
+Comes in: a function of a block's number. Goes out: what it computes of all blocks. Called by: `crossentropy.py`.
 """
 
 import math
@@ -22,10 +22,9 @@ def rows_in_block(tensor, num_parts):
     if width is None:
         return None
     known = math.prod([1 if batch is None else batch // num_parts, *(size for size in others if size is not None)])
-    fitting = [n for n in range(1, min(known, ELEMENTS // width) + 1) if known % n == 0]
-    if not fitting or fitting[-1] * width < FEWEST_ELEMENTS or not _on_processor(tensor):
-        return None
-    return fitting[-1]
+    most, fewest = min(known, ELEMENTS // width), max(1, math.ceil(FEWEST_ELEMENTS / width))
+    size = next((n for n in range(most, fewest - 1, -1) if known % n == 0), None)
+    return size if size and _on_processor(tensor) else None
 
 
 def _on_processor(tensor):
@@ -83,7 +82,6 @@ def filled(compute, num_blocks, size, like):
             result = result.write(part * num_blocks + i, rows)
         return i + 1, result
 
-    num_parts = tf.shape(like)[0] // (num_blocks * size)
-    result = tf.TensorArray(like.dtype, num_parts * num_blocks, element_shape=(size, like.shape[1]))
+    result = tf.TensorArray(like.dtype, tf.shape(like)[0] // size, element_shape=(size, like.shape[1]))
     _, result = tf.while_loop(lambda i, _: i < num_blocks, fill, (0, result), parallel_iterations=1)
     return tf.reshape(result.stack(), tf.shape(like))
