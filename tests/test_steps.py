@@ -259,3 +259,37 @@ def test_dropout_rates_errors():
     with pytest.raises(ValueError, match=r"`dropout_rates` needs a dropout layer with a rate above 0"):
         inputs = keras.Input((4,))
         RDropModel(keras.Model(inputs, layers.GaussianNoise(0.1)(inputs)), dropout_rates=(0.1, 0.2))
+
+
+class Calls(layers.Layer):
+    """Counts how often Python runs its `call` in training and otherwise: in compiled steps, once a trace."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.in_training = self.otherwise = 0
+
+    def call(self, inputs, training=None):
+        if training:
+            self.in_training += 1
+        else:
+            self.otherwise += 1
+        return inputs
+
+
+@pytest.mark.parametrize("options, programs", [({}, 1), ({"every": 2}, 2), ({"start": 3}, 2)], ids=str)
+def test_each_program_is_traced_once(options, programs):
+    """Keras traces the first step on TensorFlow twice, if it makes variables."""
+    calls = Calls()
+    inner = keras.Sequential([keras.Input((4,)), layers.Dropout(0.3), calls, layers.Dense(3)])
+    model = RDropModel(inner, 2.0, **options)
+    model.compile("adam", LOSS, metrics=["accuracy"])
+    data = {"batch_size": 8, "epochs": 2, "verbose": 0}
+    model.fit(X[:16], Y[:16], validation_data=(X[16:32], Y[16:32]), **data)
+    if keras.backend.backend() == "torch":
+        assert calls.in_training == 4
+        return
+    assert calls.in_training == programs
+    traced = calls.otherwise
+    model.fit(X[:32], Y[:32], validation_data=(X[:16], Y[:16]), **data)
+    model.evaluate(X[:24], Y[:24], batch_size=8, verbose=0)
+    assert (calls.in_training, calls.otherwise) == (programs, traced)

@@ -355,7 +355,12 @@ _PRIVATE_NAMES = {
 if keras.backend.backend() == "tensorflow":
     from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
-    _PRIVATE_NAMES[keras.Model] += ("_distribute_strategy", "_make_function", "_maybe_symbolic_build")
+    _PRIVATE_NAMES[keras.Model] += (
+        "_distribute_strategy",
+        "_make_function",
+        "_maybe_symbolic_build",
+        "_symbolic_build",
+    )
     _PRIVATE_NAMES[TFEpochIterator] = ("_distributed_dataset",)
 
 

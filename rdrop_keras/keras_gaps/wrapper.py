@@ -4,6 +4,7 @@ Comes in: a `keras.Model`, and the calls of Keras's trainers. Goes out: training
 by: Keras, through `model.RDropModel`.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -231,9 +232,15 @@ class WrapperModel(keras.Model):
 
     # Private to Keras's trainer for TensorFlow (3.14 to 3.15.1), like the next two; see `multi_worker.py`.
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        if iterator is not None and _keras.strategy_of(self) is not None:
-            iterator, data_batch = None, multi_worker.batch_specification(iterator)
-        super()._maybe_symbolic_build(iterator, data_batch)
+        if iterator is not None:
+            data_batch = multi_worker.batch_specification(iterator)
+        if _keras.strategy_of(self) is not None:
+            super()._maybe_symbolic_build(data_batch=data_batch)
+        elif self.built and not self.run_eagerly:
+            # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
+            # every step anew in which variables were made. What fails here fails in that trace too, which tells why.
+            with contextlib.suppress(Exception):
+                self._symbolic_build(data_batch=data_batch)
 
     def _make_function(self, step_function, **kwargs):
         return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
