@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 
 import keras
@@ -76,3 +77,13 @@ def run(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def difference():
+    """Returns the printed difference between the outputs of the model and of the loaded one."""
+
+    def difference(printed):
+        return float(re.search(r"differ by at most (\S+)\.\n", printed)[1])
+
+    return difference
