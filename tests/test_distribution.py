@@ -101,14 +101,13 @@ def mirrored(replicas):
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)], cross_device_ops=reduction)
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("weighted", [False, slow(True)])
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
-@pytest.mark.parametrize("replicas", [slow(1), 2, slow(4)])
+@pytest.mark.parametrize("replicas, weighted", [slow(1, True), (2, False), slow(2, True), slow(4, True)], ids=str)
 def test_mirrored_strategy(replicas, reduction, weighted):
     with mirrored(replicas).scope():
         distributed = model(reduction)
@@ -135,8 +134,11 @@ OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "bu
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("replicas", [2, slow(4)])
-@pytest.mark.parametrize("name", [n if n in ("every", "budget") else slow(n) for n in OPTION_NAMES])
+@pytest.mark.parametrize(
+    "name, replicas",
+    [("every", 2), ("budget", 2), slow("every", 4), slow("budget", 4)]
+    + [slow(name, 2) for name in OPTION_NAMES if name not in ("every", "budget")],
+)
 def test_mirrored_options(name, replicas):
     options = OPTIONS[OPTION_NAMES.index(name)]
     with mirrored(replicas).scope():
