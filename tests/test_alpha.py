@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from marks import slow
 from models import logs_of_step, mlp
 from rdrop_keras import KLBudget, RDropModel
 
@@ -63,7 +64,7 @@ def test_schedule_weighs_the_consistency():
 
 
 @pytest.mark.parametrize("alpha", [*RAMPS.values(), KLBudget(0.02, step=0.5)], ids=[*RAMPS, "budget"])
-@pytest.mark.parametrize("ending", ["model.keras", "model.weights.h5"])
+@pytest.mark.parametrize("ending", ["model.keras", slow("model.weights.h5")])
 def test_what_moves_is_saved(alpha, ending, tmp_path):
     model = compiled(alpha, every=2)
     fit(model)
@@ -328,22 +329,32 @@ def test_a_batch_without_weights_does_not_move_a_budget():
     assert ops.convert_to_numpy(model._alpha.alpha) != 2.0
 
 
+def long_trained(alpha, epochs=13, **kwargs):  # Of 8 steps.
+    model = RDropModel(mlp(rate=0.3), alpha, **kwargs)
+    model.compile(keras.optimizers.SGD(0.0), LOSS)
+    model.fit(X, Y, batch_size=6, epochs=epochs, verbose=0)
+    return model
+
+
 def test_too_small_to_matter():
-    """An α that does nothing is told, once; one that does something is not, nor one that moves as it is meant to."""
-
-    def trained(alpha, epochs=13, **kwargs):  # Of 8 steps.
-        model = RDropModel(mlp(rate=0.3), alpha, **kwargs)
-        model.compile(keras.optimizers.SGD(0.0), LOSS)
-        model.fit(X, Y, batch_size=6, epochs=epochs, verbose=0)
-        return model
-
+    """An α that does nothing is told, once."""
     with pytest.warns(
         UserWarning, match=r"R-Drop was at most 0.0% of the loss in each epoch.*larger `alpha` than 0.00"
     ):
-        model = trained(1e-3, start=4)
+        model = long_trained(1e-3, start=4)
     model.fit(X, Y, verbose=0)  # Warnings are errors here.
-    trained(10.0)
-    trained(1e-3, epochs=2)  # Too early to tell.
-    trained(1e-3, start=1000)
-    trained(keras.optimizers.schedules.PolynomialDecay(0.0, 10_000, 1.0))
-    trained(KLBudget(1.0, initial=0.0))
+
+
+@pytest.mark.parametrize(
+    "alpha, options",
+    [
+        (10.0, {}),
+        slow(1e-3, {"epochs": 2}),  # Too early to tell.
+        slow(1e-3, {"start": 1000}),
+        slow(keras.optimizers.schedules.PolynomialDecay(0.0, 10_000, 1.0), {}),  # It moves as it is meant to.
+        slow(KLBudget(1.0, initial=0.0), {}),
+    ],
+    ids=["large", "few steps", "not begun", "schedule", "budget"],
+)
+def test_not_too_small_to_matter(alpha, options):
+    long_trained(alpha, **options)  # Warnings are errors here.

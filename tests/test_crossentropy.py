@@ -8,6 +8,7 @@ import pytest
 from keras import layers, losses, ops
 
 import reference
+from marks import slow
 from models import Passes, gradients_of_step, to_numpy
 from rdrop_keras import Divergence, RDropModel, crossentropy
 from rdrop_keras.keras_gaps import blocks
@@ -53,7 +54,7 @@ def step_and_oracle(kind, m, reduction, weighted, masked, ignored, scale=1.5):
 
 # Weights and masks are Keras's to reduce, and reductions are tested in `test_objective.py`: here each combination once.
 @pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("m", [slow(2), 3])
 @pytest.mark.parametrize("kind", ["sparse", "categorical"])
 def test_every_combination(kind, m, in_blocks, monkeypatch):
     if in_blocks:  # Of two of the four columns of a row.

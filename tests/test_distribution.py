@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
+from marks import slow
 from models import mlp, to_numpy
 from rdrop_keras import KLBudget, RDropModel
 from rdrop_keras.keras_gaps import random_state, step
@@ -101,12 +102,8 @@ def mirrored(replicas):
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)], cross_device_ops=reduction)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", slow("sum")])
 @pytest.mark.parametrize("replicas, weighted", [slow(1, True), (2, False), slow(2, True), slow(4, True)], ids=str)
 def test_mirrored_strategy(replicas, reduction, weighted):
     with mirrored(replicas).scope():
@@ -136,8 +133,7 @@ OPTION_NAMES = ["every", "num_passes", "share", "share nothing", "schedule", "bu
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(
     "name, replicas",
-    [("every", 2), ("budget", 2), slow("every", 4), slow("budget", 4)]
-    + [slow(name, 2) for name in OPTION_NAMES if name not in ("every", "budget")],
+    [("budget", 2), slow("every", 4), slow("budget", 4)] + [slow(name, 2) for name in OPTION_NAMES if name != "budget"],
 )
 def test_mirrored_options(name, replicas):
     options = OPTIONS[OPTION_NAMES.index(name)]
@@ -177,7 +173,9 @@ def batches_of(kind):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("kind", ["dataset", "distributed dataset", "generator", "PyDataset", "uneven first"])
+@pytest.mark.parametrize(
+    "kind", ["dataset", slow("distributed dataset"), slow("generator"), slow("PyDataset"), "uneven first"]
+)
 def test_mirrored_kinds_of_data(kind):
     import tensorflow as tf
 
@@ -277,7 +275,7 @@ class NormalizedDropout(layers.Layer):
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("synchronized", [False, True])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [slow(1), 2])
 def test_dropout_rates_where_replicas_wait(replicas, synchronized):
     """A replica that waits inside a layer would continue at the rate of another's pass, so that is refused."""
     with mirrored(replicas).scope():
@@ -485,11 +483,10 @@ def mirrored_reductions(alpha, **options):
     return sum(tensor.dtype.size * math.prod(tensor.shape) for tensor in traced if tf.is_symbolic_tensor(tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize(
-    "options",
-    [{}, slow({"share": "nothing"}), slow({"num_passes": 3}), slow({"dropout_rates": (0.1, 0.3)})],
-    ids=str,
+    "options", [{}, {"share": "nothing"}, {"num_passes": 3}, {"dropout_rates": (0.1, 0.3)}], ids=str
 )
 def test_mirrored_strategy_adds_no_communication(options):
     plain = mirrored_reductions(0.0)

@@ -512,6 +512,7 @@ def test_image_classifier_whose_backbone_has_no_dropout(hub):
     assert rates_of(new) == {"output_dropout": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 def test_language_model_keeps_preprocessor_and_sampler(hub):
     vocabulary = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate("abcdefghijĠ")}, "ab": 12}

@@ -208,7 +208,7 @@ def batch_sizes(monkeypatch, function):
     return seen
 
 
-@pytest.mark.parametrize("make", cases(*SMALL))
+@pytest.mark.parametrize("make", cases(*SMALL, slow=(masked, vit, bart)))
 def test_equals_tiling_the_inputs(make, num_passes=2):
     late, x, y = wrap(make, "deterministic", num_passes=num_passes)
     early, _, _ = wrap(make, "nothing", num_passes=num_passes)
@@ -271,7 +271,9 @@ def test_unusual_graphs(make):
     assert_close(outputs_of_passes(late, x), outputs_of_passes(early, x))
 
 
-@pytest.mark.parametrize("make", cases(*SMALL, *LARGE, slow=(masked, vit, bart, efficientnet, resnet)))
+@pytest.mark.parametrize(
+    "make", cases(*SMALL, *LARGE, slow=(nested, two_inputs_two_outputs, masked, bert, vit, bart, *LARGE))
+)
 def test_trains_as_with_tiled_inputs(make):
     """Weights, batch-normalization statistics and the optimizer's state after three steps."""
     states = []
@@ -285,6 +287,7 @@ def test_trains_as_with_tiled_inputs(make):
     assert_close(*states)
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 def test_jit_compile():
     states = []
@@ -314,7 +317,8 @@ def two_devices():
 
 
 @pytest.mark.backends("jax", "tensorflow")
-@pytest.mark.parametrize("make", cases(cnn, nested, slow=[nested]))
+@pytest.mark.slow
+@pytest.mark.parametrize("make", cases(cnn, nested))
 def test_on_two_devices(make):
     states = []
     for share in ("deterministic", "nothing"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
+from marks import slow
 from models import Passes, gradients_of_step, mlp, to_numpy
 from rdrop_keras import RDropModel
 
@@ -91,16 +92,9 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "name, policy",
-    [(name, "float32") for name in MODELS if name != "recurrent"]
-    + [("functional", "mixed_bfloat16"), ("functional", "mixed_float16")]
-    + [
-        pytest.param(name, policy, marks=pytest.mark.slow)
-        for name, policy in (
-            ("recurrent", "float32"),
-            ("unbuilt", "mixed_bfloat16"),
-            ("unbuilt", "mixed_float16"),
-        )
-    ],
+    [("functional", "mixed_float16"), ("frozen", "float32"), ("unbuilt", "float32")]
+    + [slow(name, "float32") for name in MODELS if name not in ("frozen", "unbuilt")]
+    + [slow("functional", "mixed_bfloat16"), slow("unbuilt", "mixed_bfloat16"), slow("unbuilt", "mixed_float16")],
 )
 def test_alpha_0_is_the_bare_model_bit_for_bit(name, policy):
     x = X[..., None] if name == "recurrent" else X
@@ -155,6 +149,17 @@ def test_modes_of_compile_agree(mode):
     assert history["loss"] == pytest.approx(np.array(history["task_loss"]) + 2.0 / 2 * consistency, rel=1e-5)
 
 
+def trained_on(*data, **kwargs):
+    keras.utils.set_random_seed(3)
+    model = compiled(mlp())
+    return model.fit(*data, verbose=0, shuffle=False, validation_data=(X, Y), **kwargs).history
+
+
+@pytest.fixture(scope="module")
+def trained_on_arrays():
+    return trained_on(X, Y, batch_size=8)
+
+
 def datasets():
     class Batches(keras.utils.PyDataset):
         def __len__(self):
@@ -189,14 +194,9 @@ def datasets():
         pytest.param("DataLoader", marks=pytest.mark.backends("torch")),
     ],
 )
-def test_datasets_are_as_arrays(kind):
-    def train(*data, **kwargs):
-        keras.utils.set_random_seed(3)
-        model = compiled(mlp())
-        return model.fit(*data, verbose=0, shuffle=False, validation_data=(X, Y), **kwargs).history
-
-    history = train(datasets()[kind]())
-    for key, values in train(X, Y, batch_size=8).items():
+def test_datasets_are_as_arrays(kind, trained_on_arrays):
+    history = trained_on(datasets()[kind]())
+    for key, values in trained_on_arrays.items():
         assert history[key] == pytest.approx(values, rel=1e-5)
 
 
@@ -335,7 +335,9 @@ def test_frozen_layers_stay_and_regularizers_act():
     assert len(model.trainable_variables) == 2
 
 
-@pytest.mark.parametrize("name", ["unbuilt", "recurrent", "hands training on", "leaves training to Keras", "nested"])
+@pytest.mark.parametrize(
+    "name", ["unbuilt", slow("recurrent"), "hands training on", "leaves training to Keras", "nested"]
+)
 def test_every_kind_of_model_trains(name):
     x = X[..., None] if name == "recurrent" else X
     model = compiled(MODELS[name](), optimizer=keras.optimizers.Adam(0.02))

@@ -7,6 +7,7 @@ from keras import layers, ops
 
 import rdrop_keras
 import reference
+from marks import slow
 from models import mlp, to_numpy
 from rdrop_keras import InconsistencyMonitor, RDropModel, inconsistency, monitor
 
@@ -150,7 +151,7 @@ def test_data():
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("replicas", [None, 2])
+@pytest.mark.parametrize("replicas", [None, slow(2)])
 def test_tf_data(replicas):
     import tensorflow as tf
 
@@ -167,6 +168,7 @@ def test_tf_data(replicas):
     assert result.divergence.value > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
 @pytest.mark.needs("keras_hub")
 def test_raw_strings():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 
 import keras
@@ -77,7 +78,17 @@ def test_other_versions_of_keras(monkeypatch, version, remedy):
         versions.check_version()
 
 
-def test_one_warning_at_import():
-    code = "import keras; keras.__version__ = '3.99.0'; import rdrop_keras; import rdrop_keras.model"
-    printed = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
+def test_import_warns_once_and_loads_nothing_but_the_chosen_backend():
+    code = """
+    import sys
+    import keras
+    keras.__version__ = "3.99.0"
+    before = {name for name in ("tensorflow", "jax", "torch", "keras_hub", "matplotlib") if name in sys.modules}
+    import rdrop_keras
+    import rdrop_keras.model
+    after = {name for name in ("tensorflow", "jax", "torch", "keras_hub", "matplotlib") if name in sys.modules}
+    assert before == after, after - before
+    """
+    command = [sys.executable, "-W", "default", "-c", textwrap.dedent(code)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert printed.stderr.count("rdrop_keras is tested with Keras") == 1

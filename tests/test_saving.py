@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
+from marks import slow
 from models import mlp, to_numpy
 from rdrop_keras import Divergence, RDropModel
 
@@ -41,7 +42,7 @@ def functional():
 
 
 MODELS = {"functional": functional, "sequential": lambda: mlp(seed=None), "subclassed": lambda: Subclassed(6)}
-NAMES = ["functional", "subclassed", pytest.param("sequential", marks=pytest.mark.slow)]
+NAMES = ["functional", slow("subclassed"), slow("sequential")]
 
 
 def trained(model, **kwargs):
@@ -283,7 +284,7 @@ OLD_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", OLD_FILES)
+@pytest.mark.parametrize("name", [slow("fixed"), "budget"])
 def test_file_of_an_older_version(name):
     loss, outputs, steps, alpha, next_loss = OLD_FILES[name]
     model = keras.models.load_model(pathlib.Path(__file__).parent / "saved" / f"{name}.keras")

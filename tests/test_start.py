@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from marks import slow
 from models import mlp, to_numpy
 from rdrop_keras import KLBudget, RDropModel
 
@@ -65,7 +66,7 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize(
-    "name, policy", [("regularized", "float32"), ("seeded", "mixed_bfloat16"), ("forgetful", "float32")]
+    "name, policy", [slow("regularized", "float32"), ("seeded", "mixed_bfloat16"), ("forgetful", "float32")]
 )
 def test_plain_until_then(name, policy):
     jit = keras.backend.backend() == "tensorflow" and name == "regularized"
@@ -107,7 +108,7 @@ def test_r_drop_goes_on_from_there():
 
 
 @pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.parametrize("start, plain_steps", [(4, 4), (9, 10)])
+@pytest.mark.parametrize("start, plain_steps", [slow(4, 4), (9, 10)])
 def test_steps_per_execution(start, plain_steps):
     """Executions of 4 steps; an epoch of 6 ends with one of 2, so that they begin at steps 0, 4, 6, 10, …"""
     model, history = trained(epochs=2, steps_per_execution=4, alpha=2.0, start=start)
@@ -196,6 +197,7 @@ def test_alpha_that_moves():
     assert float(ops.convert_to_numpy(model._alpha.current())) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"mirrored": 2}])
 def test_on_tensorflow(options):

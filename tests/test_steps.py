@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from marks import slow
 from models import logs_of_step, mlp, to_numpy
 from rdrop_keras import RDropModel
 from rdrop_keras.keras_gaps import step
@@ -100,7 +101,9 @@ def test_count_goes_on(tmp_path):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}, {"accumulate": 2}, {"mirrored": 2}])
+@pytest.mark.parametrize(
+    "options", [slow({"jit_compile": True}), {"run_eagerly": True}, {"accumulate": 2}, slow({"mirrored": 2})]
+)
 def test_every_with(options):
     import tensorflow as tf
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import rdrop_keras
+from marks import slow
 from models import mlp
 
 pytestmark = pytest.mark.needs("tensorboard", "tensorflow")
@@ -24,7 +25,7 @@ def curves(folder):
     return {tag: [tensor_util.make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("alpha", [2.0, rdrop_keras.KLBudget(0.1)], ids=["fixed", "budget"])
+@pytest.mark.parametrize("alpha", [slow(2.0, id="fixed"), pytest.param(rdrop_keras.KLBudget(0.1), id="budget")])
 def test_tensorboard_shows_what_rdrop_logs(tmp_path, alpha):
     model = rdrop_keras.RDropModel(mlp(), alpha)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, losses
 
+from marks import slow
 from models import mlp
 from rdrop_keras import KLBudget, RDropModel
 
@@ -96,8 +97,8 @@ def compiled(model, optimizer="adam", **options):
 @pytest.mark.parametrize(
     "case",
     [
-        "dense",
-        "convolutions",
+        slow("dense"),
+        slow("convolutions"),
         "masked tokens",
         pytest.param("bert", marks=[pytest.mark.slow, pytest.mark.needs("keras_hub")]),
     ],
@@ -110,10 +111,8 @@ def test_models(case):
 @pytest.mark.parametrize(
     "options",
     [
-        "plain steps too",
-        "rates",
         "budget",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("passes", "inputs", "js", "schedule")),
+        *map(slow, ("plain steps too", "rates", "passes", "inputs", "js", "schedule")),
     ],
 )
 def test_options(options):
@@ -121,6 +120,7 @@ def test_options(options):
     assert_for_tpu(program(compiled(mlp(), **OPTIONS[options]), x, y))
 
 
+@pytest.mark.slow
 def test_bfloat16():
     keras.config.set_dtype_policy("mixed_bfloat16")
     _, x, y = CASES["masked tokens"]
