@@ -232,15 +232,16 @@ class WrapperModel(keras.Model):
 
     # Private to Keras's trainer for TensorFlow (3.14 to 3.15.1), like the next two; see `multi_worker.py`.
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        if iterator is not None:
-            data_batch = multi_worker.batch_specification(iterator)
+        def specification():
+            return data_batch if iterator is None else multi_worker.batch_specification(iterator)
+
         if _keras.strategy_of(self) is not None:
-            super()._maybe_symbolic_build(data_batch=data_batch)
+            super()._maybe_symbolic_build(data_batch=specification())
         elif self.built and not self.run_eagerly:
             # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
-            # every step anew in which variables were made. What fails here fails in that trace too, which tells why.
+            # every step anew in which variables were made. What fails here is left to that trace, which tells why.
             with contextlib.suppress(Exception):
-                self._symbolic_build(data_batch=data_batch)
+                self._symbolic_build(data_batch=specification())
 
     def _make_function(self, step_function, **kwargs):
         return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
