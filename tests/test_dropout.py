@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
+from marks import slow
 from models import to_numpy
 from rdrop_keras import RDropModel, stochastic_layers, with_dropout
 from rdrop_keras.passes import rates
@@ -476,9 +477,7 @@ def inputs_of(model):
 
 
 @pytest.mark.needs("keras_hub")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in sorted(BACKBONES)]
-)
+@pytest.mark.parametrize("name", [name if name in USUAL else slow(name) for name in sorted(BACKBONES)])
 def test_backbones(hub, name):
     model = randomized(backbone(hub, name))
     new = check_same(with_dropout(model, 0.1), model, inputs_of(model))
