@@ -57,7 +57,7 @@ def test_two_commands():
     assert "pip install" in second and "pytest" in second
     # CI runs them as they stand, before anything else, and builds the site as the README does.
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert 0 < script.index("\npaste 1\n") < script.index("\npaste 2\n") < script.index("Format and lint")
+    assert 0 < script.index("\npaste 1\n") < script.index("\npaste 2\n") < script.index("Format, lint")
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
     site = re.findall(r"^    (python -m .*\n)", README, flags=re.MULTILINE)
