@@ -1,13 +1,13 @@
 """What a training step costs: plain training, R-Drop as others write it, and `RDropModel`.
 
-All variants of a case train the same network on the same batch of random data, in one process, one step each in turn,
-so that what slows the machine slows all of them. A figure is the median over rounds of the ratio to the plain step of
-the same round. Peak memory is that of a process of its own for each variant, and is read on Linux only.
+All variants of a case train the same network on the same batch of random data, in one process, for a few steps each in
+turn, so that what slows the machine slows all of them. A figure is the median over rounds of the ratio to the plain
+steps of the same round. Peak memory is that of a process of its own for each variant, and is read on Linux only.
 
-    python step_time.py                                  # the six small cases, 15 rounds
+    python step_time.py                                  # the six small cases, 7 rounds
     KERAS_BACKEND=jax python step_time.py --cases bert,lm
     python step_time.py --options --cases vit            # the cost of passes, of two rates, of steps between
-    KERAS_BACKEND=jax python step_time.py --cases vit_b16,bert_base --dtype mixed_bfloat16 --batch-size 128   # a GPU
+    KERAS_BACKEND=jax python step_time.py --gpu          # the large cases, in bfloat16
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 
 import keras
 import keras_hub
@@ -26,12 +27,14 @@ from keras import layers, ops
 
 import measure
 import rdrop_keras
+import two_calls
 
 SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm", "tiny")
-LARGE = ("vit_b16", "bert_base")
-WARM_UP_STEPS = 3
+LARGE = ("vit_b16", "bert_base", "decoder")
+SECONDS_OF_A_TURN = 0.5  # Of plain training.
+MOST_STEPS = 512  # Of a turn.
 MEMORY_STEPS = 3
-ALPHA = 1.0
+ALPHA = two_calls.ALPHA
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -100,8 +103,10 @@ def bert(num_layers=4, num_heads=2, width=128, length=64, vocabulary=8000):
     return model, functools.partial(sentences, length, vocabulary), "pooled_dense"
 
 
-def lm(vocabulary=16_000, length=64):
-    backbone = keras_hub.models.GPT2Backbone(vocabulary, 2, 4, 256, 1024, dropout=0.1, max_sequence_length=length)
+def lm(num_layers=2, num_heads=4, width=256, length=64, vocabulary=16_000):
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary, num_layers, num_heads, width, 4 * width, dropout=0.1, max_sequence_length=length
+    )
     logits = backbone.token_embedding(backbone.output, reverse=True)
     return keras.Model(backbone.input, logits), functools.partial(text, length, vocabulary), None
 
@@ -126,6 +131,7 @@ def vit_b16():
 
 
 bert_base = functools.partial(bert, num_layers=12, num_heads=12, width=768, length=128, vocabulary=30_522)
+decoder = functools.partial(lm, num_layers=12, num_heads=12, width=768, length=128, vocabulary=50_257)
 
 CASES = {
     "mobilenet": (mobilenet, 32, "MobileNetV2 96×96, head dropout"),
@@ -136,32 +142,8 @@ CASES = {
     "tiny": (tiny, 32, "two dense layers of 16 and 10 units"),
     "vit_b16": (vit_b16, 64, "ViT-B/16 224×224"),
     "bert_base": (bert_base, 64, "BERT-base, 128 tokens"),
+    "decoder": (decoder, 16, "GPT-2 of 12 layers, 768 wide, 128 tokens, vocabulary 50,257"),
 }
-
-
-class TwoCalls(keras.Model):
-    """The recipe in the README of the official repository: two calls of the model in a step.
-
-    There it is a training loop; here it is `call` and `compute_loss`, so that Keras's own step runs it on any backend.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def call(self, inputs, training=None):
-        return (self.model(inputs, training=training), self.model(inputs, training=training))
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        first, second = y_pred
-        crossentropy = 0.5 * (CROSSENTROPY(y, first) + CROSSENTROPY(y, second))
-        return crossentropy + ALPHA * 0.5 * (self.kl(first, second) + self.kl(second, first))
-
-    @staticmethod
-    def kl(p, q):
-        """`F.kl_div(F.log_softmax(q), F.softmax(p))`, which takes the logarithm of its target."""
-        target = ops.softmax(p)
-        return ops.mean(ops.sum(target * (ops.log(target + 1e-30) - ops.log_softmax(q)), axis=-1))
 
 
 def bert4keras(y_true, y_pred):
@@ -172,18 +154,57 @@ def bert4keras(y_true, y_pred):
     return crossentropy + ops.mean(kl(p[::2], p[1::2]) + kl(p[1::2], p[::2])) / 4 * ALPHA
 
 
-def variants(args, case):
-    """`{name: function that makes a compiled model and its batch}`."""
-    make, rows, _ = CASES[case]
-    rows = args.batch_size or rows
+class Clock(keras.callbacks.Callback):
+    """Takes the seconds of an epoch of `fit`, up to the values of its logs."""
 
-    def compiled(wrap, loss=CROSSENTROPY, repeats=1, times=1, accumulated=None):
+    def on_epoch_begin(self, epoch, logs=None):
+        self.began = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.began
+
+
+def in_fit(model, x, y):
+    """A function that fits `model` for so many steps on the batch `x`, `y`, and returns the seconds they took."""
+
+    def train(num_steps):
+        clock = Clock()
+        repeated = keras.tree.map_structure(lambda array: np.concatenate([array] * num_steps), (x, y))
+        fitted = model.fit(*repeated, batch_size=len(y), shuffle=False, verbose=0, callbacks=[clock])
+        assert np.isfinite(fitted.history["loss"][0])
+        return clock.seconds
+
+    return train
+
+
+def in_loop(model, x, y):
+    """The same, for the loop of two calls."""
+    loop = two_calls.loop(model, x, y)
+
+    def train(num_steps):
+        began = time.perf_counter()
+        assert np.isfinite(loop(num_steps))
+        return time.perf_counter() - began
+
+    return train
+
+
+def variants(make, rows, options=False):
+    """`{name: function that makes a function that trains}` for a case's `make` and a batch of `rows`."""
+
+    def fitted(wrap, loss=CROSSENTROPY, repeats=1, times=1, accumulated=None):
         keras.utils.set_random_seed(0)
         model, data, _ = make()
         model = wrap(model)
-        model.compile(keras.optimizers.SGD(1e-3, gradient_accumulation_steps=accumulated), loss)
-        x, y = data(int(rows * times))
-        return model, *keras.tree.map_structure(lambda array: np.repeat(array, repeats, axis=0), (x, y))
+        model.compile(keras.optimizers.SGD(two_calls.LEARNING_RATE, gradient_accumulation_steps=accumulated), loss)
+        return in_fit(
+            model, *keras.tree.map_structure(lambda a: np.repeat(a, repeats, axis=0), data(int(rows * times)))
+        )
+
+    def looped():
+        keras.utils.set_random_seed(0)
+        model, data, _ = make()
+        return in_loop(model, *data(rows))
 
     def rdrop(share="deterministic", **options):
         return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share, **options)
@@ -192,55 +213,58 @@ def variants(args, case):
         return keras.Model(model.inputs, model.outputs) if hasattr(model, "preprocess_samples") else model
 
     yardsticks = {
-        "plain": functools.partial(compiled, plain),
-        "plain, 2N rows": functools.partial(compiled, plain, times=2),
+        "plain": functools.partial(fitted, plain),
+        "plain, 2N rows": functools.partial(fitted, plain, times=2),
     }
-    if args.options:
+    if options:
         options = {
             **{f"num_passes={m}": {"num_passes": m} for m in (2, 3, 4)},
             "dropout_rates=(0.1, 0.3)": {"dropout_rates": (0.1, 0.3)},
             "every=k, its plain steps": {"every": 10**6},
         }
-        options = {name: functools.partial(compiled, rdrop(**kwargs)) for name, kwargs in options.items()}
+        options = {name: functools.partial(fitted, rdrop(**kwargs)) for name, kwargs in options.items()}
         # In the memory of plain training.
-        options["half the rows, one of two steps"] = functools.partial(compiled, rdrop(), times=0.5, accumulated=2)
+        options["half the rows, one of two steps"] = functools.partial(fitted, rdrop(), times=0.5, accumulated=2)
         return yardsticks | options
     result = {
         **yardsticks,
-        "two calls": functools.partial(compiled, TwoCalls),
-        "bert4keras": functools.partial(compiled, plain, loss=bert4keras, repeats=2),
-        "RDropModel, share='nothing'": functools.partial(compiled, rdrop("nothing")),
-        "RDropModel": functools.partial(compiled, rdrop("deterministic")),
+        "two calls": looped,
+        "bert4keras": functools.partial(fitted, plain, loss=bert4keras, repeats=2),
+        "RDropModel, share='nothing'": functools.partial(fitted, rdrop("nothing")),
+        "RDropModel": functools.partial(fitted, rdrop("deterministic")),
     }
     head = make()[2]
     if head is not None:
-        result["RDropModel, head only"] = functools.partial(compiled, rdrop(head))
+        result["RDropModel, head only"] = functools.partial(fitted, rdrop(head))
     return result
 
 
-def step(model, x, y):
-    return float(np.ravel(model.train_on_batch(x, y))[0])
+def time_variants(functions, rounds):
+    """What was measured of each, `{name: {…}}`.
 
-
-def time_case(args, case):
-    """`{variant: seconds of every round}`, and `{variant: seconds of the first step}`, which traces and compiles."""
-    runs, first = {}, {}
-    for name, make in variants(args, case).items():
+    `seconds` of a step, of every round; `first_step_seconds` of a call of `fit` with one step, which traces and
+    compiles; and `second_step_seconds` of another such call, in which `every` and `start` make a second program.
+    """
+    runs, rows = {}, {}
+    for name, make in functions.items():
         runs[name] = make()
-        start = time.perf_counter()
-        step(*runs[name])
-        first[name] = time.perf_counter() - start
-        for _ in range(WARM_UP_STEPS):
-            assert np.isfinite(step(*runs[name])), name
-    seconds = {name: [] for name in runs}
+        calls = []
+        for _ in range(2):
+            began = time.perf_counter()
+            runs[name](1)
+            calls.append(time.perf_counter() - began)
+        rows[name] = {"seconds": [], "first_step_seconds": calls[0], "second_step_seconds": calls[1]}
+    num_steps = 1
+    while runs["plain"](num_steps) < SECONDS_OF_A_TURN and num_steps < MOST_STEPS:
+        num_steps *= 2
+    for run in runs.values():
+        run(num_steps)
     names = list(runs)
-    for round_ in range(args.rounds):
+    for round_ in range(rounds):
         for i in range(len(names)):
             name = names[(i + round_) % len(names)]
-            start = time.perf_counter()
-            step(*runs[name])
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, first
+            rows[name]["seconds"].append(runs[name](num_steps) / num_steps)
+    return rows
 
 
 def memory(args, case, variant):
@@ -254,9 +278,10 @@ def memory(args, case, variant):
 
 def own_memory(args):
     case, variant = args.memory_of
-    run = variants(args, case)[variant]()
+    make, rows, _ = CASES[case]
+    run = variants(make, args.batch_size or rows, args.options)[variant]()
     for _ in range(MEMORY_STEPS):
-        step(*run)
+        run(1)
     if keras.backend.backend() == "jax":
         import jax
 
@@ -279,24 +304,24 @@ def seconds_to_build():
     return statistics.median(times)
 
 
-def ratios(seconds, name, base):
-    return [a / b for a, b in zip(seconds[name], seconds[base])]
+def ratios(rows, name, base):
+    return [a / b for a, b in zip(rows[name]["seconds"], rows[base]["seconds"])]
 
 
 def timed(args, case):
-    seconds, first = time_case(args, case)
+    make, batch_size, title = CASES[case]
+    batch_size = args.batch_size or batch_size
+    measured = time_variants(variants(make, batch_size, args.options), args.rounds)
     rows = {}
-    for name in seconds:
-        over_plain = ratios(seconds, name, "plain")
+    for name, row in measured.items():
+        over_plain = ratios(measured, name, "plain")
         rows[name] = {
-            "seconds": statistics.median(seconds[name]),
+            **row,
+            "seconds": statistics.median(row["seconds"]),
             "ratio": statistics.median(over_plain),
             "ratio_quartiles": statistics.quantiles(over_plain, n=4)[::2],
-            "first_step_seconds": first[name],
-            "ratio_to_2N": statistics.median(ratios(seconds, name, "plain, 2N rows")),
+            "ratio_to_2N": statistics.median(ratios(measured, name, "plain, 2N rows")),
         }
-    _, batch_size, title = CASES[case]
-    batch_size = args.batch_size or batch_size
     print(f"\n{title}, N = {batch_size}")
     print(f"{'':32} {'seconds':>8} {'× plain':>8} {'quartiles':>13} {'× 2N':>6} {'first step':>10}")
     for name, row in rows.items():
@@ -318,23 +343,29 @@ def add_memory(args, case, measured):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(SMALL), help=f"comma-separated, of {', '.join(SMALL + LARGE)}")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(SMALL + LARGE)}; by default the first six")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
-    parser.add_argument("--dtype", default="float32", help="a Keras dtype policy")
+    parser.add_argument("--dtype", help="a Keras dtype policy; by default float32")
+    parser.add_argument("--gpu", action="store_true", help="by default the last three cases, in mixed_bfloat16")
     parser.add_argument("--options", action="store_true", help="time the options of RDropModel instead")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to, after each case")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    unknown = set(args.cases.split(",")) - set(SMALL + LARGE)
+    args.cases = args.cases.split(",") if args.cases else LARGE if args.gpu else SMALL
+    args.dtype = args.dtype or ("mixed_bfloat16" if args.gpu else "float32")
+    unknown = set(args.cases) - set(SMALL + LARGE)
     if unknown:
         parser.error(f"unknown --cases {', '.join(sorted(unknown))}: choose from {', '.join(SMALL + LARGE)}")
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quartiles. Received: {args.rounds}")
     return args
 
 
 def main():
     args = parse_arguments()
+    warnings.filterwarnings("ignore", "R-Drop was at most", UserWarning)  # Nothing here is to be learned.
     keras.config.set_dtype_policy(args.dtype)
     if args.memory_of:
         print(own_memory(args))
@@ -342,17 +373,19 @@ def main():
     result = {
         **measure.provenance(),
         "backend": keras.backend.backend(),
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "alpha": ALPHA,
         "seconds_to_build_12_layers": seconds_to_build(),
-        "cases": {case: timed(args, case) for case in args.cases.split(",")},
+        "cases": {},
     }
-    print(f"\nPaired graph of a BERT with 12 layers: {result['seconds_to_build_12_layers']:.4f} s")
-    if not args.no_memory and sys.platform == "linux":
-        for case, measured in result["cases"].items():
-            add_memory(args, case, measured["variants"])
-    if args.out:
-        measure.write(args.out, result)
+    print(f"Paired graph of a BERT with 12 layers: {result['seconds_to_build_12_layers']:.4f} s")
+    for case in args.cases:
+        result["cases"][case] = timed(args, case)
+        if not args.no_memory and sys.platform == "linux":
+            add_memory(args, case, result["cases"][case]["variants"])
+        if args.out:
+            measure.write(args.out, result)
 
 
 if __name__ == "__main__":

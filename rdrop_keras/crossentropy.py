@@ -101,14 +101,16 @@ def _in_blocks(target, num_passes, size, logits):
         return [blocks.rows(joined, (k * num_blocks + i) * size, size) for k in range(num_passes)]
 
     def values_of(i):
-        return _values(rows.part(i * size, size), passes_of(i))
+        part, passes = rows.part(i * size, size), passes_of(i)
+        return blocks.compiled(lambda: _values(part, passes))
 
     def gradients(upstream):
         upstream = ops.transpose(ops.reshape(upstream, (2, -1)))
 
         def gradients_of(i):
+            part, passes = rows.part(i * size, size), passes_of(i)
             upstream_of_rows = ops.transpose(blocks.rows(upstream, i * size, size))
-            return _gradients(rows.part(i * size, size), passes_of(i), upstream_of_rows)
+            return blocks.compiled(lambda: _gradients(part, passes, upstream_of_rows))
 
         return ops.reshape(blocks.filled(gradients_of, num_blocks, size, joined), ops.shape(logits))
 

@@ -48,6 +48,20 @@ def rows(tensor, first, size):
     return ops.slice(tensor, (first, 0), (size, tensor.shape[1]))
 
 
+def compiled(compute):
+    """`compute()`, whose operations TensorFlow's compiler makes one of, as those of JAX and PyTorch do.
+
+    By itself TensorFlow compiles nothing on a processor, and each operation reads and writes all of its block. Each
+    shape is compiled once, which takes longer than an eager step and so is for programs only.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            compute = tf.function(compute, autograph=False, jit_compile=True)
+    return compute()
+
+
 def side_by_side(compute, num_blocks, num_values, dtype):
     """`compute(i)`, of shape `(num_values, n)` and `dtype`, of all blocks i, joined on axis 1."""
     numbers = ops.arange(num_blocks, dtype="int32")
