@@ -140,6 +140,7 @@ CASES = {
     "bert": (bert, 32, "BERT of 4 layers, 128 wide, 64 tokens"),
     "lm": (lm, 16, "GPT-2 of 2 layers, 256 wide, 64 tokens, vocabulary 16,000"),
     "tiny": (tiny, 32, "two dense layers of 16 and 10 units"),
+    "lm_64k": (functools.partial(lm, vocabulary=64_000), 16, "the same GPT-2, vocabulary 64,000"),
     "vit_b16": (vit_b16, 64, "ViT-B/16 224×224"),
     "bert_base": (bert_base, 64, "BERT-base, 128 tokens"),
     "decoder": (decoder, 16, "GPT-2 of 12 layers, 768 wide, 128 tokens, vocabulary 50,257"),
@@ -343,21 +344,30 @@ def add_memory(args, case, measured):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(SMALL + LARGE)}; by default the first six")
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}; by default the first six")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
     parser.add_argument("--dtype", help="a Keras dtype policy; by default float32")
     parser.add_argument("--gpu", action="store_true", help="by default the last three cases, in mixed_bfloat16")
     parser.add_argument("--options", action="store_true", help="time the options of RDropModel instead")
-    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument(
+        "--memory", default="all", help="cases to take the peak memory of too; 'all' (default) or 'none'"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the results to, after each case")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.cases = args.cases.split(",") if args.cases else LARGE if args.gpu else SMALL
     args.dtype = args.dtype or ("mixed_bfloat16" if args.gpu else "float32")
-    unknown = set(args.cases) - set(SMALL + LARGE)
+    unknown = set(args.cases) - set(CASES)
     if unknown:
-        parser.error(f"unknown --cases {', '.join(sorted(unknown))}: choose from {', '.join(SMALL + LARGE)}")
+        parser.error(f"unknown --cases {', '.join(sorted(unknown))}: choose from {', '.join(CASES)}")
+    args.memory = args.cases if args.memory == "all" else set(args.memory.split(",")) - {"none"}
+    if args.memory and sys.platform != "linux":
+        parser.error("peak memory is read on Linux only: add --memory none")
+    if not set(args.memory) <= set(args.cases):
+        parser.error(
+            f"--memory must name some of the cases, {', '.join(args.cases)}. Received: {', '.join(args.memory)}"
+        )
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, for quartiles. Received: {args.rounds}")
     return args
@@ -382,7 +392,7 @@ def main():
     print(f"Paired graph of a BERT with 12 layers: {result['seconds_to_build_12_layers']:.4f} s")
     for case in args.cases:
         result["cases"][case] = timed(args, case)
-        if not args.no_memory and sys.platform == "linux":
+        if case in args.memory:
             add_memory(args, case, result["cases"][case]["variants"])
         if args.out:
             measure.write(args.out, result)

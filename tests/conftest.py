@@ -5,6 +5,7 @@ not installed. A test of another backend is skipped. Any other skip fails the ru
 """
 
 import ast
+import gc
 import importlib.util
 import os
 import pathlib
@@ -175,3 +176,4 @@ def seeded():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
+    gc.freeze()  # To look through all programs that are kept, again and again, takes a tenth of the time.
