@@ -108,10 +108,11 @@ def build_model(texts=None):
         backbone = keras_hub.models.GPT2Backbone.from_preset(PRESET, dropout=DROPOUT)
     else:
         trainer = tokenizers.ByteLevelBPETokenizer()
-        specials = ["<|endoftext|>"]
-        trainer.train_from_iterator(texts, SMALL_VOCABULARY_SIZE, special_tokens=specials, show_progress=False)
+        trainer.train_from_iterator(texts, SMALL_VOCABULARY_SIZE - 1, show_progress=False)
         pieces = json.loads(trainer.to_str())["model"]
-        tokenizer = keras_hub.models.GPT2Tokenizer(pieces["vocab"], [" ".join(pair) for pair in pieces["merges"]])
+        # The token that ends a text is last, as in GPT-2's own vocabulary: generation would take a padding's 0 for it.
+        vocabulary = {**pieces["vocab"], "<|endoftext|>": len(pieces["vocab"])}
+        tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, [" ".join(pair) for pair in pieces["merges"]])
         preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=SEQUENCE_LENGTH)
         backbone = keras_hub.models.GPT2Backbone(
             tokenizer.vocabulary_size(), **SMALL, dropout=DROPOUT, max_sequence_length=SEQUENCE_LENGTH

@@ -47,7 +47,7 @@ DROPOUT = 0.05
 ALPHA = 3.0
 LEARNING_RATES = {"plain": 0.003, "plain, as long": 0.001, "R-Drop": 0.003}
 NUM_SEEDS = 3
-NUM_TURNS = 9  # Epochs of each kind that are timed.
+STEPS_PER_EXECUTION = 10  # The steps are so small that calling them one by one would take a good part of the time.
 
 
 # ## The data
@@ -101,50 +101,61 @@ def build_model():
 # ## Training
 #
 # R-Drop wraps the model; plain training takes it as it is. The learning rate falls to zero over the epochs that a run
-# has.
-def compiled_model(kind, alpha, epochs):
+# has. Keras takes longer to make the program of a step than to run some epochs of it. So each kind is compiled once, by
+# an epoch that does not count.
+def compiled_model(kind, alpha, epochs, data):
     model = build_model()
     if kind == "R-Drop":
         model = rdrop_keras.RDropModel(model, alpha=alpha)
     num_steps = epochs * PASSES_AN_EPOCH * NUM_TRAIN // BATCH_SIZE
     learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATES[kind], num_steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(learning_rate), loss, metrics=["accuracy"])
+    optimizer = keras.optimizers.Adam(learning_rate)
+    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=STEPS_PER_EXECUTION)
+    fit(model, data, epochs=1)
     return model
 
 
-# Keras takes longer to make the program of a step than to run some epochs of it. So each kind is compiled once, and its
-# runs begin with new weights, with the same seed those of the other kinds, and with the optimizer as it was.
-def train(model, seed, epochs, data):
+def fit(model, data, epochs):
+    options = {"batch_size": BATCH_SIZE, "validation_batch_size": NUM_VALIDATION, "verbose": 0}
+    return model.fit(*data[0], validation_data=data[1], epochs=epochs, **options)
+
+
+# Each run begins with new weights, with the same seed those of the other kinds, and with the optimizer as it was.
+def train(kind, model, seed, epochs, data):
     keras.utils.set_random_seed(seed)
     model.set_weights(build_model().get_weights())
     for variable in model.optimizer.variables:
         variable.assign(keras.ops.zeros_like(variable))
 
-    options = {"batch_size": BATCH_SIZE, "validation_batch_size": NUM_VALIDATION, "verbose": 0}
-    history = model.fit(*data[0], validation_data=data[1], epochs=epochs, **options)
+    began = time.perf_counter()
+    history = fit(model, data, epochs)
+    seconds = time.perf_counter() - began
     # `evaluate` runs the wrapped model alone, `model.model`: an ordinary Keras model to save, export and serve.
     loss, accuracy = model.evaluate(*data[2], batch_size=NUM_VALIDATION, verbose=0)
-    print(f"  seed {seed}: test accuracy {accuracy:.3f}, test loss {loss:.3f}", flush=True)
-    return {"accuracy": accuracy, "loss": loss, "history": history}
+    print(f"{kind}, seed {seed}: {seconds:.1f} s, test accuracy {accuracy:.3f}, test loss {loss:.3f}", flush=True)
+    return {"accuracy": accuracy, "loss": loss, "seconds": seconds, "history": history}
 
 
-# ## The price
+# ## The comparison
 #
 # A step of R-Drop passes each image through the network twice. What that costs depends on the machine, so it is
-# measured. Epochs of both kinds take turns, and the median ratio of their times tells how many epochs of plain training
-# fit into the time of R-Drop. The first turn, which compiles, is left out.
-def epoch_seconds(model, train_split):
-    began = time.perf_counter()
-    model.fit(*train_split, batch_size=BATCH_SIZE, verbose=0)
-    return time.perf_counter() - began
+# measured: runs of both kinds take turns, and the median ratio of their times tells how many epochs of plain training
+# fit into the time of R-Drop.
+def compare(alpha, num_seeds, epochs, data):
+    keras.utils.set_random_seed(0)
+    runs = {"plain": [], "plain, as long": [], "R-Drop": []}
+    models = {kind: compiled_model(kind, alpha, epochs, data) for kind in ("plain", "R-Drop")}
+    for seed in range(num_seeds):
+        for kind, model in models.items():
+            runs[kind].append(train(kind, model, seed, epochs, data))
 
-
-def time_epochs(models, train_split):
-    """The seconds of an epoch of plain training, and how many times as long one of R-Drop takes."""
-    turns = [[epoch_seconds(models[kind], train_split) for kind in ("plain", "R-Drop")] for _ in range(1 + NUM_TURNS)]
-    plain, rdrop = np.transpose(turns[1:])
-    return np.median(plain), np.median(rdrop / plain)
+    ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(runs["R-Drop"], runs["plain"])]
+    print(f"R-Drop takes {np.median(ratios):.2f} times as long as plain training.")
+    as_long = round(epochs * np.median(ratios))
+    model = compiled_model("plain, as long", alpha, as_long, data)
+    runs["plain, as long"] = [train("plain, as long", model, seed, as_long, data) for seed in range(num_seeds)]
+    return runs
 
 
 # ## The results
@@ -159,12 +170,12 @@ def cell(values, paired=False):
     return f"{text:>18}"
 
 
-def print_results(runs, seconds):
+def print_results(runs):
     print(f"\n{'':16}{'epochs':>8}{'seconds':>9}{'test accuracy':>18}{'test loss':>18}")
     for name, results in runs.items():
-        epochs = len(results[0]["history"].epoch)
+        epochs, seconds = len(results[0]["history"].epoch), np.mean([result["seconds"] for result in results])
         cells = [cell([result[measure] for result in results]) for measure in ("accuracy", "loss")]
-        print(f"{name:16}{epochs:8}{epochs * seconds[name]:9.1f}", *cells, sep="")
+        print(f"{name:16}{epochs:8}{seconds:9.1f}", *cells, sep="")
 
     print("\nR-Drop against")
     for name in ("plain", "plain, as long"):
@@ -185,27 +196,16 @@ def main():
     if args.seeds < 1 or args.epochs < 1:
         parser.error(f"--seeds and --epochs must be ≥ 1. Received: {args.seeds} and {args.epochs}")
 
-    data = load_data()
-    keras.utils.set_random_seed(0)
-    models = {kind: compiled_model(kind, args.alpha, args.epochs) for kind in ("plain", "R-Drop")}
-    plain_seconds, ratio = time_epochs(models, data[0])
-    print(f"An epoch of R-Drop takes {ratio:.2f} times as long as one of plain training.")
+    runs = compare(args.alpha, args.seeds, args.epochs, load_data())
+    print_results(runs)
 
-    epochs = {"plain": args.epochs, "plain, as long": round(args.epochs * ratio), "R-Drop": args.epochs}
-    seconds = {kind: plain_seconds * (ratio if kind == "R-Drop" else 1) for kind in epochs}
-    models["plain, as long"] = compiled_model("plain, as long", args.alpha, epochs["plain, as long"])
-    runs = {}
-    for kind in epochs:
-        print(f"{kind}, {epochs[kind]} epochs")
-        runs[kind] = [train(models[kind], seed, epochs[kind], data) for seed in range(args.seeds)]
-    print_results(runs, seconds)
-
-    # The validation curves, over steps and, by the times measured above, over seconds.
+    # The validation curves, over epochs and over seconds.
     histories = {kind: [result["history"] for result in results] for kind, results in runs.items()}
-    for kind, several in histories.items():
-        for history in several:
+    for kind, results in runs.items():
+        seconds = np.mean([result["seconds"] for result in results]) / len(results[0]["history"].epoch)
+        for history in histories[kind]:
             curves = {key: history.history[key] for key in ("val_loss", "val_accuracy")}
-            history.history = {**curves, "seconds": [seconds[kind] * (1 + epoch) for epoch in history.epoch]}
+            history.history = {**curves, "seconds": [seconds * (1 + epoch) for epoch in history.epoch]}
     figure = rdrop_keras.plot.compare(histories)
     for axes in figure.axes:  # The range is that of the last three quarters of the curves, which are steep before.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 4 :] for line in axes.get_lines()])

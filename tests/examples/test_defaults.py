@@ -112,7 +112,9 @@ def test_language_model(load, run, difference, tmp_path, prepare, preset):
 
     prepare(language_model.DATASET, {"train": 12, "validation": 6, "test": 6}, columns)
     small = language_model.build_model(sentences(8))
-    language_model.PRESET = preset(small.backbone, small.preprocessor.tokenizer)
+    tokenizer = small.preprocessor.tokenizer
+    assert tokenizer.end_token_id != tokenizer.pad_token_id  # Or every text that is generated ends at once.
+    language_model.PRESET = preset(small.backbone, tokenizer)
     printed = run(language_model, "--epochs", 1)
     assert "Perplexity a token of " in printed and language_model.PROMPT in printed
     assert difference(printed) < 1e-4
