@@ -10,6 +10,10 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "This is the small model of `--small`, trained for minutes on one core: too little to be of use, enough to see "
+    "each part at work. [Benchmarks](../benchmarks.md#when_it_payspy-when-does-r-drop-pay) says what the data are."
+)
 
 
 def to_markdown(source, output=None, picture=None):
@@ -30,7 +34,10 @@ def to_markdown(source, output=None, picture=None):
             code.append(lines.pop(0))
     parts.append(as_code(code))
     if output is not None:
-        parts += ["## What it prints", f"```console\n{output.rstrip()}\n```"]
+        parts.append("## What it prints")
+        if " --small " in output.partition("\n")[0]:
+            parts.append(SMALL)
+        parts.append(f"```console\n{output.rstrip()}\n```")
     if picture is not None:
         parts.append(picture)
     return "\n\n".join(filter(None, parts)) + "\n"
