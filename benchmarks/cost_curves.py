@@ -49,11 +49,11 @@ def of_sizes(rounds, rows, length, classes, passes):
         return step_time.in_fit(model, *data(times * rows))
 
     def rdrop(model):
-        return rdrop_keras.RDropModel(model, alpha=two_calls.ALPHA, num_passes=passes)
+        return rdrop_keras.RDropModel(step_time.plain(model), alpha=two_calls.ALPHA, num_passes=passes)
 
     functions = {
-        "plain": functools.partial(fitted, lambda model: model),
-        "plain, mN rows": functools.partial(fitted, lambda model: model, times=passes),
+        "plain": functools.partial(fitted, step_time.plain),
+        "plain, mN rows": functools.partial(fitted, step_time.plain, times=passes),
         "RDropModel": functools.partial(fitted, rdrop),
     }
     rows_of = step_time.time_variants(functions, rounds)

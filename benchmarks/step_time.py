@@ -190,6 +190,11 @@ def in_loop(model, x, y):
     return train
 
 
+def plain(model):
+    """`model` without the methods of a KerasHub task, which compile and feed it in their own way."""
+    return keras.Model(model.inputs, model.outputs) if hasattr(model, "preprocess_samples") else model
+
+
 def variants(make, rows, options=False):
     """`{name: function that makes a function that trains}` for a case's `make` and a batch of `rows`."""
 
@@ -208,10 +213,7 @@ def variants(make, rows, options=False):
         return in_loop(model, *data(rows))
 
     def rdrop(share="deterministic", **options):
-        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share, **options)
-
-    def plain(model):  # Not the task itself, whose KerasHub methods preprocess and compile in their own way.
-        return keras.Model(model.inputs, model.outputs) if hasattr(model, "preprocess_samples") else model
+        return lambda model: rdrop_keras.RDropModel(plain(model), alpha=ALPHA, share=share, **options)
 
     yardsticks = {
         "plain": functools.partial(fitted, plain),
