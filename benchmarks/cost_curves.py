@@ -21,6 +21,7 @@ SIZES = {
     "classes": (10, 1000, 16_000, 64_000),
     "passes": (2, 4, 8),
 }
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 TITLES = {"rows": "rows of a batch", "length": "tokens of a row", "classes": "classes", "passes": "passes, m"}
 USUAL = {"rows": 8, "length": 32, "classes": 1000, "passes": 2}
 
@@ -74,10 +75,11 @@ def draw(path, results):
             curve = result["sizes"][size]
             values = list(map(int, curve))
             for name, style in (("plain, mN rows", "--"), ("RDropModel", "-")):
-                label = f"{result['backend']}, {name}"
+                label = f"{BACKENDS[result['backend']]}: {name}"
                 ratios = [ratio[name] for ratio in curve.values()]
                 panel.plot(values, ratios, style, color=f"C{i}", marker=".", label=label)
-        panel.set(xlabel=TITLES[size], xscale="log", xticks=SIZES[size], xticklabels=[f"{n:,}" for n in SIZES[size]])
+        ticks = [str(n) if n < 1000 else f"{n // 1000}k" for n in SIZES[size]]
+        panel.set(xlabel=TITLES[size], xscale="log", xticks=SIZES[size], xticklabels=ticks)
         panel.minorticks_off()
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
