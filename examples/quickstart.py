@@ -40,7 +40,7 @@ NUM_HEADS = 4
 
 # Training. Chosen for each kind by its validation loss over three seeds other than those below. For plain training, of
 # dropout 0, 0.05, 0.1 and 0.2 and learning rates 0.001 and 0.003: at best 0.653 in these epochs and 0.610 in 33, which
-# take as long as R-Drop (0.642 with 0.003). For R-Drop, of α 1, 3 and 5, dropout 0.05 and 0.1 and the same rates: 0.526.
+# take as long as R-Drop (0.642 with 0.003). For R-Drop, of α 1, 3 and 5, dropout 0.05 and 0.1 and these rates: 0.526.
 EPOCHS = 25
 BATCH_SIZE = 25
 DROPOUT = 0.05
