@@ -15,8 +15,8 @@ a GPU, because on a CPU its compiler makes the shifts slow. Three seeds are few.
 """
 
 import argparse
+import itertools
 import math
-import time
 
 import keras
 import numpy as np
@@ -102,7 +102,7 @@ def build_model():
 #
 # R-Drop wraps the model; plain training takes it as it is. The learning rate falls to zero over the epochs that a run
 # has. Keras takes longer to make the program of a step than to run some epochs of it. So each kind is compiled once, by
-# an epoch that does not count.
+# an epoch that does not count. The callback `Clock` adds the seconds since training began to the history.
 def compiled_model(kind, alpha, epochs, data):
     model = build_model()
     if kind == "R-Drop":
@@ -118,7 +118,8 @@ def compiled_model(kind, alpha, epochs, data):
 
 def fit(model, data, epochs):
     options = {"batch_size": BATCH_SIZE, "validation_batch_size": NUM_VALIDATION, "verbose": 0}
-    return model.fit(*data[0], validation_data=data[1], epochs=epochs, **options)
+    callbacks = [rdrop_keras.plot.Clock()]
+    return model.fit(*data[0], validation_data=data[1], epochs=epochs, callbacks=callbacks, **options)
 
 
 # Each run begins with new weights, with the same seed those of the other kinds, and with the optimizer as it was.
@@ -128,9 +129,8 @@ def train(kind, model, seed, epochs, data):
     for variable in model.optimizer.variables:
         variable.assign(keras.ops.zeros_like(variable))
 
-    began = time.perf_counter()
     history = fit(model, data, epochs)
-    seconds = time.perf_counter() - began
+    seconds = history.history["seconds"][-1]
     # `evaluate` runs the wrapped model alone, `model.model`: an ordinary Keras model to save, export and serve.
     loss, accuracy = model.evaluate(*data[2], batch_size=NUM_VALIDATION, verbose=0)
     print(f"{kind}, seed {seed}: {seconds:.1f} s, test accuracy {accuracy:.3f}, test loss {loss:.3f}", flush=True)
@@ -199,13 +199,10 @@ def main():
     runs = compare(args.alpha, args.seeds, args.epochs, load_data())
     print_results(runs)
 
-    # The validation curves, over epochs and over seconds.
+    # The validation curves, over steps and over seconds.
     histories = {kind: [result["history"] for result in results] for kind, results in runs.items()}
-    for kind, results in runs.items():
-        seconds = np.mean([result["seconds"] for result in results]) / len(results[0]["history"].epoch)
-        for history in histories[kind]:
-            curves = {key: history.history[key] for key in ("val_loss", "val_accuracy")}
-            history.history = {**curves, "seconds": [seconds * (1 + epoch) for epoch in history.epoch]}
+    for history in itertools.chain(*histories.values()):
+        history.history = {key: history.history[key] for key in ("val_loss", "val_accuracy", "seconds")}
     figure = rdrop_keras.plot.compare(histories)
     for axes in figure.axes:  # The range is that of the last three quarters of the curves, which are steep before.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 4 :] for line in axes.get_lines()])
