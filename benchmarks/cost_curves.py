@@ -42,19 +42,19 @@ def of_sizes(rounds, rows, length, classes, passes):
     import step_time
     import two_calls
 
-    def fitted(wrap, times=1):
+    def fitted(wrap=lambda model: model, times=1):
         keras.utils.set_random_seed(0)
         model, data, _ = step_time.lm(num_layers=2, num_heads=2, width=128, length=length, vocabulary=classes)
-        model = wrap(model)
+        model = wrap(step_time.plain(model))
         model.compile(keras.optimizers.SGD(two_calls.LEARNING_RATE), step_time.CROSSENTROPY)
         return step_time.in_fit(model, *data(times * rows))
 
     def rdrop(model):
-        return rdrop_keras.RDropModel(step_time.plain(model), alpha=two_calls.ALPHA, num_passes=passes)
+        return rdrop_keras.RDropModel(model, alpha=two_calls.ALPHA, num_passes=passes)
 
     functions = {
-        "plain": functools.partial(fitted, step_time.plain),
-        "plain, mN rows": functools.partial(fitted, step_time.plain, times=passes),
+        "plain": fitted,
+        "plain, mN rows": functools.partial(fitted, times=passes),
         "RDropModel": functools.partial(fitted, rdrop),
     }
     rows_of = step_time.time_variants(functions, rounds)

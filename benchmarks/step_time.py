@@ -198,10 +198,10 @@ def plain(model):
 def variants(make, rows, options=False):
     """`{name: function that makes a function that trains}` for a case's `make` and a batch of `rows`."""
 
-    def fitted(wrap, loss=CROSSENTROPY, repeats=1, times=1, accumulated=None):
+    def fitted(wrap=lambda model: model, loss=CROSSENTROPY, repeats=1, times=1, accumulated=None):
         keras.utils.set_random_seed(0)
         model, data, _ = make()
-        model = wrap(model)
+        model = wrap(plain(model))
         model.compile(keras.optimizers.SGD(two_calls.LEARNING_RATE, gradient_accumulation_steps=accumulated), loss)
         return in_fit(
             model, *keras.tree.map_structure(lambda a: np.repeat(a, repeats, axis=0), data(int(rows * times)))
@@ -213,11 +213,11 @@ def variants(make, rows, options=False):
         return in_loop(model, *data(rows))
 
     def rdrop(share="deterministic", **options):
-        return lambda model: rdrop_keras.RDropModel(plain(model), alpha=ALPHA, share=share, **options)
+        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share, **options)
 
     yardsticks = {
-        "plain": functools.partial(fitted, plain),
-        "plain, 2N rows": functools.partial(fitted, plain, times=2),
+        "plain": fitted,
+        "plain, 2N rows": functools.partial(fitted, times=2),
     }
     if options:
         options = {
@@ -232,7 +232,7 @@ def variants(make, rows, options=False):
     result = {
         **yardsticks,
         "two calls": looped,
-        "bert4keras": functools.partial(fitted, plain, loss=bert4keras, repeats=2),
+        "bert4keras": functools.partial(fitted, loss=bert4keras, repeats=2),
         "RDropModel, share='nothing'": functools.partial(fitted, rdrop("nothing")),
         "RDropModel": functools.partial(fitted, rdrop("deterministic")),
     }
