@@ -177,3 +177,15 @@ def seeded():
     yield
     keras.config.set_dtype_policy("float32")
     gc.freeze()  # To look through all programs that are kept, again and again, takes a tenth of the time.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go():
+    """Lets go of the programs of a module's tests: JAX maps memory for each, and a process may have 65,530 mappings."""
+    yield
+    if BACKEND == "jax":
+        import jax
+
+        gc.unfreeze()
+        gc.collect()
+        jax.clear_caches()
