@@ -215,6 +215,7 @@ GLUE = {
     "cola": (24, matthews_and_calibration),
     "stsb": (48, pearson),
 }
+GLUE_TITLES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 
 
 def glue_texts(name, folder, num_train):
@@ -239,16 +240,29 @@ def glue_texts(name, folder, num_train):
     return {"train": part(train, 0, num_train), "validation": part(dev, 0, 500), "test": read("test")}
 
 
+def pretrained(encoder, length):
+    """The encoder without dropout, and what makes of texts the `length` tokens that it takes."""
+    import keras_hub
+
+    backbone = keras_hub.models.BertBackbone.from_preset(str(encoder), dropout=0.0)
+    vocabulary = (encoder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=True)
+    return backbone, keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=length)
+
+
+def loss_of(num_outputs):
+    if num_outputs == 1:
+        return keras.losses.MeanSquaredError()
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def glue(name, folder, encoder):
     """The two upper layers of the encoder, and a head on its first token; what they are fed is computed here, once."""
     import keras_hub
 
     length, score = GLUE[name]
     num_outputs = example("glue").TASKS[name][1]
-    backbone = keras_hub.models.BertBackbone.from_preset(str(encoder), dropout=0.0)
-    vocabulary = (encoder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = keras_hub.models.BertTokenizer(vocabulary, lowercase=True)
-    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=length)
+    backbone, preprocessor = pretrained(encoder, length)
     lower = keras.Model(backbone.input, backbone.get_layer(f"transformer_layer_{FROZEN_LAYERS - 1}").output)
     data = {}
     for split, (texts, labels) in glue_texts(name, folder, 1500).items():
@@ -281,14 +295,11 @@ def glue(name, folder, encoder):
             model.get_layer(f"transformer_layer_{i}").set_weights(pretrained)
         return model
 
-    regression = num_outputs == 1
     return Task(
-        title={"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}[name] + ", two layers of MiniLM",
+        title=f"{GLUE_TITLES[name]}, two layers of MiniLM",
         data=data,
         build=build,
-        loss=keras.losses.MeanSquaredError()
-        if regression
-        else keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss=loss_of(num_outputs),
         score=score,
         batch_size=16,
         pilot_steps=480,
@@ -296,6 +307,45 @@ def glue(name, folder, encoder):
         dropouts=(0.1, 0.2, 0.3),
         shared={"head only": f"transformer_layer_{ENCODER_LAYERS - 1}"},
         num_seeds=3,
+    )
+
+
+def glue_head(name, folder, encoder):
+    """Dense layers on embeddings of sentences, the mean of the encoder's last layer, which is computed here, once.
+
+    Of two sentences u and v they get u, v, |u − v| and u · v (Conneau et al., 2017).
+    """
+    score = GLUE[name][1]
+    num_outputs = example("glue").TASKS[name][1]
+    backbone, preprocessor = pretrained(encoder, 48)
+    mean = layers.GlobalAveragePooling1D()(backbone.output["sequence_output"], mask=backbone.input["padding_mask"])
+    embed = keras.Model(backbone.input, mean)
+    data = {}
+    for split, (texts, labels) in glue_texts(name, folder, 1500).items():
+        columns = [embed.predict(preprocessor(column), batch_size=64, verbose=0) for column in texts]
+        if len(columns) > 1:
+            u, v = columns
+            columns += [np.abs(u - v), u * v]
+        data[split] = (np.concatenate(columns, axis=-1), labels, None)
+    width = data["train"][0].shape[-1]
+
+    def build(dropout):
+        features = keras.Input((width,))
+        x = layers.Dropout(dropout)(features)
+        x = layers.Dense(256, activation="relu")(x)
+        x = layers.Dropout(dropout)(x)
+        return keras.Model(features, layers.Dense(num_outputs)(x))
+
+    return Task(
+        title=f"{GLUE_TITLES[name]}, a head on embeddings of MiniLM",
+        data=data,
+        build=build,
+        loss=loss_of(num_outputs),
+        score=score,
+        batch_size=16,
+        pilot_steps=1500,
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
+        dropouts=(0.1, 0.3, 0.5),
     )
 
 
@@ -421,6 +471,10 @@ TASKS = {
     "digits-100": functools.partial(digits, 100, False),
     "digits-400": functools.partial(digits, 400, False),
     "digits-50-shifted": functools.partial(digits, 50, True),
+    "sst2-head": functools.partial(glue_head, "sst2"),
+    "mrpc-head": functools.partial(glue_head, "mrpc"),
+    "cola-head": functools.partial(glue_head, "cola"),
+    "stsb-head": functools.partial(glue_head, "stsb"),
     "text": text_from_scratch,
     "conv-2000": functools.partial(cifar_conv, 2000, False),
     "conv-2000-augmented": functools.partial(cifar_conv, 2000, True),
