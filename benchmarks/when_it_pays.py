@@ -398,6 +398,8 @@ def tables(results):
             f"{plain['steps']} steps at budget 1. α = {alpha:g}. "
             + f"A step costs {price['price'][THROUGHOUT]:.2f} plain ones.",
             "",
+            f"![{score} and test loss of all variants over the time spent]({picture(name)})",
+            "",
         ]
         for measured in (score, *others):
             digits = 1 if measured == "perplexity" else 3
@@ -419,6 +421,10 @@ def tables(results):
                 lines.append(f"| {variant} | " + " | ".join(cells) + " |")
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def picture(name):
+    return f"when-it-pays-{name}.png"
 
 
 def draw(results, folder):
@@ -443,7 +449,7 @@ def draw(results, folder):
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize="small")
         figure.suptitle(title)
-        figure.savefig(folder / f"when-it-pays-{name}.png", dpi=110)
+        figure.savefig(folder / picture(name), dpi=110)
 
 
 BEGIN, END = "<!-- The results begin. -->\n", "<!-- The results end. -->\n"
