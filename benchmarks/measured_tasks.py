@@ -210,12 +210,11 @@ def cifar_vit(num_train, augmented, folder):
 
 # ## GLUE: the upper layers of a pretrained encoder
 GLUE = {
-    "sst2": (32, accuracy_and_calibration),
-    "mrpc": (64, accuracy_and_calibration),
-    "cola": (24, matthews_and_calibration),
-    "stsb": (48, pearson),
+    "sst2": ("SST-2", 32, accuracy_and_calibration),
+    "mrpc": ("MRPC", 64, accuracy_and_calibration),
+    "cola": ("CoLA", 24, matthews_and_calibration),
+    "stsb": ("STS-B", 48, pearson),
 }
-GLUE_TITLES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 
 
 def glue_texts(name, folder, num_train):
@@ -260,7 +259,7 @@ def glue(name, folder, encoder):
     """The two upper layers of the encoder, and a head on its first token; what they are fed is computed here, once."""
     import keras_hub
 
-    length, score = GLUE[name]
+    title, length, score = GLUE[name]
     num_outputs = example("glue").TASKS[name][1]
     backbone, preprocessor = pretrained(encoder, length)
     lower = keras.Model(backbone.input, backbone.get_layer(f"transformer_layer_{FROZEN_LAYERS - 1}").output)
@@ -291,12 +290,12 @@ def glue(name, folder, encoder):
         x = layers.Dropout(dropout)(x[:, 0])
         outputs = layers.Dense(num_outputs, kernel_initializer=keras.initializers.RandomNormal(stddev=0.02))(x)
         model = keras.Model({"features": features, "padding_mask": mask}, outputs)
-        for i, pretrained in zip(upper, weights):
-            model.get_layer(f"transformer_layer_{i}").set_weights(pretrained)
+        for i, values in zip(upper, weights):
+            model.get_layer(f"transformer_layer_{i}").set_weights(values)
         return model
 
     return Task(
-        title=f"{GLUE_TITLES[name]}, two layers of MiniLM",
+        title=f"{title}, two layers of MiniLM",
         data=data,
         build=build,
         loss=loss_of(num_outputs),
@@ -315,7 +314,7 @@ def glue_head(name, folder, encoder):
 
     Of two sentences u and v they get u, v, |u − v| and u · v (Conneau et al., 2017).
     """
-    score = GLUE[name][1]
+    title, _, score = GLUE[name]
     num_outputs = example("glue").TASKS[name][1]
     backbone, preprocessor = pretrained(encoder, 48)
     mean = layers.GlobalAveragePooling1D()(backbone.output["sequence_output"], mask=backbone.input["padding_mask"])
@@ -337,7 +336,7 @@ def glue_head(name, folder, encoder):
         return keras.Model(features, layers.Dense(num_outputs)(x))
 
     return Task(
-        title=f"{GLUE_TITLES[name]}, a head on embeddings of MiniLM",
+        title=f"{title}, a head on embeddings of MiniLM",
         data=data,
         build=build,
         loss=loss_of(num_outputs),

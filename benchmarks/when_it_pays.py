@@ -280,7 +280,7 @@ def print_plan(results):
         mean = sum(seconds) / len(seconds) if seconds else 0
         print(f"{name:24}{len(seconds):12}{sum(seconds):10.0f}{mean:8.1f}")
     print(
-        "A task has a pilot, up to 9 runs of plain training, 4 of R-Drop and 2 of KLBudget in its search, and in each"
+        "A task has a pilot, up to 12 runs of plain training, 4 of R-Drop and 2 of KLBudget in its search, and in each"
     )
     print(f"seed {len(BUDGETS)} budgets times 5 to 7 variants. A budget of 1 is meant to take 5 to 60 seconds.")
 
