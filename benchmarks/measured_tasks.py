@@ -122,7 +122,7 @@ CIFAR_SIZE = 32
 
 
 @functools.cache
-def cifar10(folder):
+def cifar10(folder, size):
     """Images from 0 to 1 and labels of the training and the test split, whose order is that of names."""
     import io
 
@@ -134,19 +134,25 @@ def cifar10(folder):
         result = []
         for split in ("train/", "test/"):
             found = [name for name in names if split in name]
-            images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in found])
+            images = [Image.open(io.BytesIO(archive.read(name))).reduce(CIFAR_SIZE // size) for name in found]
+            images = np.stack([np.asarray(image) for image in images])
             labels = np.array([classes.index(name.split("/")[-2]) for name in found], "int32")
             result.append((images.astype("float32") / 255, labels))
     return result
 
 
-def cifar_splits(folder, num_train):
+def cifar_splits(folder, num_train, size):
     """`num_train` images to train on, 500 others to choose by, and 2,000 to test with, all chosen at random."""
-    (x, y), (x_test, y_test) = cifar10(folder)
+    (x, y), (x_test, y_test) = cifar10(folder, size)
     order, test_order = np.random.RandomState(0).permutation(len(y)), np.random.RandomState(1).permutation(len(y_test))
     num_train = min(num_train, len(y) - 500)
     train, validation, test = order[:num_train], order[-500:], test_order[:2000]
     return splits((x[train], y[train]), (x[validation], y[validation]), (x_test[test], y_test[test]))
+
+
+def cifar_title(num_train, augmented, size, model):
+    pixels = "" if size == CIFAR_SIZE else f" at {size} pixels"
+    return f"CIFAR-10{pixels}, {num_train:,} images, {model}" + (", augmented inside the model" if augmented else "")
 
 
 def augmentation(x):
@@ -156,9 +162,9 @@ def augmentation(x):
     return layers.RandomContrast(0.2, value_range=(0, 1))(x)
 
 
-def cifar_conv(num_train, augmented, folder):
+def cifar_conv(num_train, augmented, size, folder):
     def build(dropout):
-        inputs = keras.Input((CIFAR_SIZE, CIFAR_SIZE, 3))
+        inputs = keras.Input((size, size, 3))
         x = augmentation(inputs) if augmented else inputs
         for filters in (16, 32, 64):
             x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
@@ -172,37 +178,38 @@ def cifar_conv(num_train, augmented, folder):
         return keras.Model(inputs, layers.Dense(10)(x), name="convolutional")
 
     return Task(
-        title=f"CIFAR-10, {num_train:,} images, convolutional" + (", augmented inside the model" if augmented else ""),
-        data=cifar_splits(folder, num_train),
+        title=cifar_title(num_train, augmented, size, "convolutional"),
+        data=cifar_splits(folder, num_train, size),
         build=build,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         score=accuracy_and_calibration,
         batch_size=16,
-        pilot_steps=1500 if num_train <= 2000 else 4000,
+        pilot_steps=1500 if num_train <= 2000 else 3000,
         dropouts=(0.2, 0.4, 0.6),
         learning_rates=(5e-4, 1e-3, 2e-3),
     )
 
 
-def cifar_vit(num_train, augmented, folder):
+def cifar_vit(num_train, augmented, size, folder):
     tutorial = example("vit_cifar100")
-    tutorial.SMALL = {"patch_size": 8, "num_layers": 3, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    tutorial.SMALL_IMAGE_SIZE = size
+    tutorial.SMALL = {"patch_size": size // 4, "num_layers": 3, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
 
     def build(dropout):
-        classifier = tutorial.build_classifier(10, dropout, small=True)
+        classifier = without_preprocessing(tutorial.build_classifier(10, dropout, small=True))
         if not augmented:
-            return without_preprocessing(classifier)
-        inputs = keras.Input((CIFAR_SIZE, CIFAR_SIZE, 3))
+            return classifier
+        inputs = keras.Input((size, size, 3))
         return keras.Model(inputs, classifier(augmentation(inputs)))
 
-    data = {name: (2 * x - 1, y, None) for name, (x, y, _) in cifar_splits(folder, num_train).items()}
+    data = {name: (2 * x - 1, y, None) for name, (x, y, _) in cifar_splits(folder, num_train, size).items()}
     return Task(
-        title=f"CIFAR-10, {num_train:,} images, ViT" + (", augmented inside the model" if augmented else ""),
+        title=cifar_title(num_train, augmented, size, "ViT"),
         data=data,
         build=build,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         score=accuracy_and_calibration,
-        batch_size=32,
+        batch_size=32 if size == CIFAR_SIZE else 16,
         pilot_steps=1000 if num_train <= 2000 else 2500,
         learning_rates=(5e-4, 1e-3, 2e-3),
     )
@@ -210,10 +217,10 @@ def cifar_vit(num_train, augmented, folder):
 
 # ## GLUE: the upper layers of a pretrained encoder
 GLUE = {
-    "sst2": ("SST-2", 32, accuracy_and_calibration),
-    "mrpc": ("MRPC", 64, accuracy_and_calibration),
-    "cola": ("CoLA", 24, matthews_and_calibration),
-    "stsb": ("STS-B", 48, pearson),
+    "sst2": ("SST-2", 24, accuracy_and_calibration),
+    "mrpc": ("MRPC", 48, accuracy_and_calibration),
+    "cola": ("CoLA", 16, matthews_and_calibration),
+    "stsb": ("STS-B", 40, pearson),
 }
 
 
@@ -264,7 +271,7 @@ def glue(name, folder, encoder):
     backbone, preprocessor = pretrained(encoder, length)
     lower = keras.Model(backbone.input, backbone.get_layer(f"transformer_layer_{FROZEN_LAYERS - 1}").output)
     data = {}
-    for split, (texts, labels) in glue_texts(name, folder, 1500).items():
+    for split, (texts, labels) in glue_texts(name, folder, 1000).items():
         tokens = preprocessor(texts if len(texts) > 1 else texts[0])
         features = lower.predict(tokens, batch_size=64, verbose=0)
         mask = np.array(tokens["padding_mask"], "bool")
@@ -300,8 +307,8 @@ def glue(name, folder, encoder):
         build=build,
         loss=loss_of(num_outputs),
         score=score,
-        batch_size=16,
-        pilot_steps=480,
+        batch_size=8,
+        pilot_steps=300,
         learning_rates=(5e-5, 1e-4, 2e-4),
         dropouts=(0.1, 0.2, 0.3),
         shared={"head only": f"transformer_layer_{ENCODER_LAYERS - 1}"},
@@ -427,14 +434,14 @@ def language_model(folder):
 def translation(folder):
     """The tutorial's small BART, smaller still, on short captions of Multi30k, German to English."""
     tutorial = example("translation")
-    tutorial.MAX_LENGTH, tutorial.SMALL_VOCABULARY_SIZE, tutorial.BATCH_SIZE = 20, 1000, 32
-    tutorial.SMALL = {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "intermediate_dim": 128, "dropout": 0.1}
+    tutorial.MAX_LENGTH, tutorial.SMALL_VOCABULARY_SIZE, tutorial.BATCH_SIZE = 16, 1000, 16
+    tutorial.SMALL = {"num_layers": 1, "num_heads": 4, "hidden_dim": 64, "intermediate_dim": 128, "dropout": 0.1}
     table = {}
     for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
         with gzip.open(next((folder / "multi30k").glob(f"{name}*.tsv.gz")), "rt", encoding="utf-8") as file:
             english, german = zip(*(line.rstrip("\n").split("\t") for line in list(file)[1:]))
         table[split] = list(german), list(english)
-    table["train"] = tuple(column[:5000] for column in table["train"])
+    table["train"] = tuple(column[:3000] for column in table["train"])
     table["validation"] = tuple(column[:500] for column in table["validation"])
     texts = table["train"][0] + table["train"][1]
     preprocessor = tutorial.build_model(texts, small=True).preprocessor
@@ -475,18 +482,16 @@ TASKS = {
     "cola-head": functools.partial(glue_head, "cola"),
     "stsb-head": functools.partial(glue_head, "stsb"),
     "text": text_from_scratch,
-    "conv-2000": functools.partial(cifar_conv, 2000, False),
-    "conv-2000-augmented": functools.partial(cifar_conv, 2000, True),
-    "vit-2000": functools.partial(cifar_vit, 2000, False),
-    "vit-2000-augmented": functools.partial(cifar_vit, 2000, True),
-    "cola": functools.partial(glue, "cola"),
+    "conv-2000": functools.partial(cifar_conv, 2000, False, 32),
+    "conv-2000-augmented": functools.partial(cifar_conv, 2000, True, 16),
+    "conv-10000": functools.partial(cifar_conv, 10_000, False, 16),
+    "vit-2000": functools.partial(cifar_vit, 2000, False, 32),
+    "vit-2000-augmented": functools.partial(cifar_vit, 2000, True, 16),
+    "vit-10000": functools.partial(cifar_vit, 10_000, False, 16),
     "sst2": functools.partial(glue, "sst2"),
-    "stsb": functools.partial(glue, "stsb"),
     "mrpc": functools.partial(glue, "mrpc"),
-    "conv-10000": functools.partial(cifar_conv, 10_000, False),
-    "conv-10000-augmented": functools.partial(cifar_conv, 10_000, True),
-    "vit-10000": functools.partial(cifar_vit, 10_000, False),
-    "vit-10000-augmented": functools.partial(cifar_vit, 10_000, True),
+    "cola": functools.partial(glue, "cola"),
+    "stsb": functools.partial(glue, "stsb"),
     "language-model": language_model,
     "translation": translation,
 }
