@@ -42,7 +42,8 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 
         C = −1/m · Σ_i ⟨y l_i⟩                D = 1/(m−1) · Σ_i ⟨(P_i − P̄) (l_i − l̄)⟩
 
-    D is the mean over pairs of ½(KL + KL) (Eq. 2 of the paper), in linear time. With d_i = l_i − l̄ − ⟨P_i (l_i − l̄)⟩,
+    D is the mean over pairs of ½(KL + KL) (Eq. 2 of the paper), in linear time. With d_i = z_i − z̄ − ⟨P_i (z_i − z̄)⟩,
+    which is also l_i − l̄ − ⟨P_i (l_i − l̄)⟩,
 
         ∂C/∂z_i = 1/m · (⟨y⟩ P_i − y)         ∂D/∂z_i = 1/(m−1) · (P_i (1 + d_i) − P̄)
 
@@ -87,34 +88,30 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 
 def _at_once(target, num_passes, logits):
     """The two values, and the function of their gradient, by operations on whole tensors."""
-    passes = tiling.split(logits, num_passes)
-    return _values(target, passes), lambda upstream: tiling.concatenate(_gradients(target, passes, upstream))
+    passes = tiling.stack(logits, num_passes)
+    return _values(target, passes), lambda upstream: tiling.unstack(_gradients(target, passes, upstream))
 
 
 def _in_blocks(target, num_passes, size, logits):
     """The same, in blocks of `size` rows."""
-    classes = logits.shape[-1]
-    joined, rows = ops.reshape(logits, (-1, classes)), target.rows()
-    num_blocks = ops.shape(joined)[0] // (num_passes * size)
-
-    def passes_of(i):
-        return [blocks.rows(joined, (k * num_blocks + i) * size, size) for k in range(num_passes)]
+    shape, classes = ops.shape(logits), logits.shape[-1]
+    passes, rows = ops.reshape(logits, (num_passes, -1, classes)), target.rows()
+    num_blocks = ops.shape(passes)[1] // size
 
     def values_of(i):
-        part, passes = rows.part(i * size, size), passes_of(i)
-        return blocks.compiled(lambda: _values(part, passes))
+        part, block = rows.part(i * size, size), blocks.rows(passes, i * size, size)
+        return blocks.compiled(lambda: _values(part, block))
 
     def gradients(upstream):
-        upstream = ops.transpose(ops.reshape(upstream, (2, -1)))
+        upstream = ops.reshape(upstream, (2, -1, 1))
 
         def gradients_of(i):
-            part, passes = rows.part(i * size, size), passes_of(i)
-            upstream_of_rows = ops.transpose(blocks.rows(upstream, i * size, size))
-            return blocks.compiled(lambda: _gradients(part, passes, upstream_of_rows))
+            part, block = rows.part(i * size, size), blocks.rows(passes, i * size, size)
+            upstream_of_block = blocks.rows(upstream, i * size, size)[..., 0]
+            return blocks.compiled(lambda: _gradients(part, block, upstream_of_block))
 
-        return ops.reshape(blocks.filled(gradients_of, num_blocks, size, joined), ops.shape(logits))
+        return ops.reshape(blocks.filled(gradients_of, num_blocks, size, passes), shape)
 
-    shape = ops.shape(logits)
     values = blocks.side_by_side(values_of, num_blocks, 2, _wide_dtype(logits))
     return ops.reshape(values, (2, shape[0] // num_passes, *shape[1:-1])), gradients
 
@@ -160,52 +157,53 @@ def _in_place(target, num_passes, size, logits):
         of_targets, of_divergences = of_targets / num_passes, of_divergences / (num_passes - 1)
         for first in starts:
             block = slice(first, first + size)
-            logs, part = log_softmax(first), rows.part(first, len(of_targets[block]))
+            logits_of_block = [_wide(logits[block]) for logits in passes]
+            part = rows.part(first, len(logits_of_block[0]))
             of_target, of_divergence = of_targets[block], of_divergences[block]
             slope = part.total() * of_target + of_divergence
-            probabilities = [log.clamp_min_(divergences.MINUS_INFINITY).exp() for log in logs]
+            probabilities = [torch.softmax(z, -1) for z in logits_of_block]
             shared = mean(probabilities).mul_(of_divergence)
-            subtract(logs, mean(logs))
-            for p, log, of_pass in zip(probabilities, logs, of_passes):
-                log.sub_(torch.linalg.vecdot(p, log)[:, None]).mul_(of_divergence).add_(slope).mul_(p).sub_(shared)
-                of_pass[block] = part.subtract(of_target, log)
+            first_pass, *others = [z.clamp_min(divergences.MINUS_INFINITY) for z in logits_of_block]
+            subtract(others, first_pass)  # As in `_gradients`.
+            of_mean = sum(others[1:], others[0]) / num_passes
+            subtract(others, of_mean)
+            differences = [of_mean.neg_(), *others]
+            for p, d, of_pass in zip(probabilities, differences, of_passes):
+                d.sub_(torch.linalg.vecdot(p, d)[:, None]).mul_(of_divergence).add_(slope).mul_(p).sub_(shared)
+                of_pass[block] = part.subtract(of_target, d)
         return result
 
     return values.reshape(2, -1, *logits.shape[1:-1]), gradients
 
 
 def _values(target, passes):
-    """The two values, stacked."""
-    num_passes = len(passes)
-    logs = [ops.log_softmax(_wide(z)) for z in passes]
-    crossentropy = -sum(map(target.dot, logs)) / num_passes
-    logs = [ops.maximum(log, divergences.MINUS_INFINITY) for log in logs]
-    probabilities = [ops.exp(log) for log in logs]
+    """The two values, stacked, of `passes` of shape `(m, …, classes)`."""
+    num_passes = passes.shape[0]
+    logs = ops.log_softmax(_wide(passes))
+    crossentropy = -ops.mean(target.dot(logs), axis=0)
+    logs = ops.maximum(logs, divergences.MINUS_INFINITY)
+    probabilities = ops.exp(logs)
     if num_passes == 2:  # The same, in fewer operations.
-        terms = [0.5 * _dot(probabilities[0] - probabilities[1], logs[0] - logs[1])]
+        divergence = 0.5 * _dot(probabilities[0] - probabilities[1], logs[0] - logs[1])
     else:
-        mean, shared = sum(logs) / num_passes, sum(probabilities) / num_passes
-        terms = [_dot(p - shared, log - mean) for p, log in zip(probabilities, logs)]
-    divergence = ops.maximum(sum(terms), 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
-    return ops.stack([crossentropy, divergence])
+        from_mean = [each - ops.mean(each, axis=0) for each in (probabilities, logs)]
+        divergence = ops.sum(_dot(*from_mean), axis=0) / (num_passes - 1)
+    return ops.stack([crossentropy, ops.maximum(divergence, 0.0)])  # Rounding may leave less than 0.
 
 
 def _gradients(target, passes, upstream):
-    """The gradients with respect to the logits of each pass, of the two values times `upstream`."""
-    num_passes = len(passes)
+    """The gradient with respect to `passes`, `(m, …, classes)`, of the two values times `upstream`, `(2, …)`."""
+    num_passes = passes.shape[0]
     of_target = ops.expand_dims(upstream[0], -1) / num_passes
     of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
-    logs = [ops.maximum(ops.log_softmax(_wide(z)), divergences.MINUS_INFINITY) for z in passes]
-    mean = sum(logs) / num_passes
-    probabilities = [ops.exp(log) for log in logs]
-    shared = of_divergence / num_passes * sum(probabilities)
+    probabilities = ops.softmax(_wide(passes))
+    differences = ops.maximum(_wide(passes), divergences.MINUS_INFINITY)
+    differences = differences - differences[0]  # So that the mean has the rounding of differences, not of logits.
+    differences = differences - ops.mean(differences, axis=0)
+    differences = differences - ops.expand_dims(_dot(probabilities, differences), -1)
     slope = target.total() * of_target + of_divergence
-
-    def of_pass(p, difference, dtype):
-        difference = difference - ops.expand_dims(_dot(p, difference), -1)
-        return ops.cast(target.subtract(of_target, p * (slope + of_divergence * difference) - shared), dtype)
-
-    return [of_pass(p, log - mean, z.dtype) for p, log, z in zip(probabilities, logs, passes)]
+    gradients = probabilities * (slope + of_divergence * differences) - of_divergence * ops.mean(probabilities, axis=0)
+    return ops.cast(target.subtract(of_target, gradients), passes.dtype)
 
 
 def _wide(logits):
@@ -237,9 +235,10 @@ class _Classes:
         return cls(ops.expand_dims(ops.cast(classes, "int64" if _on_torch() else "int32"), -1), counts)
 
     def dot(self, logs):
+        """⟨y l⟩, of one pass, `(…, classes)`, or of all, `(m, …, classes)`."""
         if _on_torch():
-            return logs.gather(-1, self._classes).squeeze(-1)
-        return ops.squeeze(ops.take_along_axis(logs, self._classes, axis=-1), -1)
+            return logs.gather(-1, self._for(logs)).squeeze(-1)
+        return ops.squeeze(ops.take_along_axis(logs, self._for(logs), axis=-1), -1)
 
     def total(self):
         return 1.0
@@ -250,9 +249,14 @@ class _Classes:
     def subtract(self, amount, gradient):
         """`gradient` less `amount` at the target."""
         if _on_torch():
-            return gradient.scatter_add_(-1, self._classes, -amount)
+            at_target = self._for(gradient)
+            return gradient.scatter_add_(-1, at_target, (-amount).expand_as(at_target))
         at_target = ops.equal(ops.arange(gradient.shape[-1], dtype=self._classes.dtype), self._classes)
         return ops.where(at_target, gradient - amount, gradient)
+
+    def _for(self, passes):
+        """The classes of each pass, `(m, …, 1)`, or of one."""
+        return ops.broadcast_to(self._classes, (*ops.shape(passes)[:-1], 1))
 
     def rows(self):
         """The same with the batch and all other axes but that of classes as one."""

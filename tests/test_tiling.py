@@ -57,6 +57,17 @@ SCOPES = [contextlib.nullcontext, pytest.param(distribution, marks=pytest.mark.b
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("num_passes", [2, 3])
+def test_stack_has_the_passes_on_an_axis_of_their_own(num_passes, scope):
+    passes = [structure["image"] for structure in passes_of(num_passes)]
+    with scope():
+        joined = tiling.concatenate(passes)
+        stacked = tiling.stack(joined, num_passes)
+        assert_equal(list(stacked), passes)
+        assert_equal(tiling.unstack(stacked), joined)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("num_passes", [2, 3])
 def test_split_gives_back_what_was_concatenated(num_passes, scope):
     passes = passes_of(num_passes)
     with scope():

@@ -42,10 +42,11 @@ def _on_processor(tensor):
 
 
 def rows(tensor, first, size):
-    """`size` rows of a matrix, or those that there are."""
+    """`size` rows, on axis −2, of `(n, width)` or `(m, n, width)`; or those that there are."""
     if keras.backend.backend() == "torch":
-        return tensor[first : first + size]
-    return ops.slice(tensor, (first, 0), (size, tensor.shape[1]))
+        return tensor[..., first : first + size, :]
+    *before, _, width = tensor.shape
+    return ops.slice(tensor, (*[0] * len(before), first, 0), (*before, size, width))
 
 
 def compiled(compute):
@@ -75,27 +76,24 @@ def side_by_side(compute, num_blocks, num_values, dtype):
 
 
 def filled(compute, num_blocks, size, like):
-    """A tensor like `like`, of shape `(m · num_blocks · size, width)`.
-
-    `compute(i)` has m tensors: the rows of block i in each of its m equal parts.
-    """
+    """A tensor like `like`, of shape `(m, num_blocks · size, width)`; `compute(i)` is block i, `(m, size, width)`."""
     if keras.backend.backend() == "jax":
         from jax import lax
 
         def fill(i, result):
-            for part, rows in enumerate(compute(i)):
-                first = (part * num_blocks + i) * size
-                result = lax.dynamic_update_slice_in_dim(result, rows, first, axis=0)
-            return result
+            return lax.dynamic_update_slice_in_dim(result, compute(i), i * size, axis=1)
 
         return lax.fori_loop(0, num_blocks, fill, ops.zeros_like(like))
     import tensorflow as tf
 
+    num_parts, _, width = like.shape
+
     def fill(i, result):
-        for part, rows in enumerate(compute(i)):
-            result = result.write(part * num_blocks + i, rows)
+        block = compute(i)
+        for part in range(num_parts):
+            result = result.write(part * num_blocks + i, block[part])
         return i + 1, result
 
-    result = tf.TensorArray(like.dtype, tf.shape(like)[0] // size, element_shape=(size, like.shape[1]))
+    result = tf.TensorArray(like.dtype, num_parts * num_blocks, element_shape=(size, width))
     _, result = tf.while_loop(lambda i, _: i < num_blocks, fill, (0, result), parallel_iterations=1)
     return tf.reshape(result.stack(), tf.shape(like))

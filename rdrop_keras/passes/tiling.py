@@ -64,6 +64,19 @@ def split(tensors, num_passes):
     return [tree.pack_sequence_as(tensors, [passes[i] for passes in flat]) for i in range(num_passes)]
 
 
+def stack(tensor, num_passes):
+    """The passes of a tensor of shape `(mN, …)` as one of shape `(m, N, …)`."""
+    if _rows_together():
+        return ops.moveaxis(ops.reshape(tensor, (-1, num_passes, *tensor.shape[1:])), 1, 0)
+    return ops.reshape(tensor, (num_passes, -1, *ops.shape(tensor)[1:]))
+
+
+def unstack(passes):
+    """The tensor of shape `(mN, …)` of which `passes`, `(m, N, …)`, is the stack."""
+    passes = ops.moveaxis(passes, 0, 1) if _rows_together() else passes
+    return ops.reshape(passes, (-1, *ops.shape(passes)[2:]))
+
+
 def has_rows(tensor, num_passes):
     """Whether axis 0 of `tensor` can hold the rows of `num_passes` passes."""
     return len(tensor.shape) > 0 and (tensor.shape[0] is None or tensor.shape[0] % num_passes == 0)
