@@ -279,13 +279,14 @@ class Calls(layers.Layer):
         return inputs
 
 
+@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
 @pytest.mark.parametrize("options, programs", [({}, 1), ({"every": 2}, 2), ({"start": 3}, 2)], ids=str)
-def test_each_program_is_traced_once(options, programs):
+def test_each_program_is_traced_once(options, programs, metrics):
     """Keras traces the first step on TensorFlow twice, if it makes variables."""
     calls = Calls()
     inner = keras.Sequential([keras.Input((4,)), layers.Dropout(0.3), calls, layers.Dense(3)])
     model = RDropModel(inner, 2.0, **options)
-    model.compile("adam", LOSS, metrics=["accuracy"])
+    model.compile("adam", LOSS, metrics=metrics)
     data = {"batch_size": 8, "epochs": 2, "verbose": 0}
     model.fit(X[:16], Y[:16], validation_data=(X[16:32], Y[16:32]), **data)
     if keras.backend.backend() == "torch":

@@ -356,6 +356,7 @@ if keras.backend.backend() == "tensorflow":
     from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
     _PRIVATE_NAMES[keras.Model] += (
+        "_compile_metrics",
         "_distribute_strategy",
         "_make_function",
         "_maybe_symbolic_build",

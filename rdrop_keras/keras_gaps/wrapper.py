@@ -241,7 +241,10 @@ class WrapperModel(keras.Model):
             # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
             # every step anew in which variables were made. What fails here is left to that trace, which tells why.
             with contextlib.suppress(Exception):
-                self._symbolic_build(data_batch=specification())
+                if self._compile_metrics is not None:
+                    self._symbolic_build(data_batch=specification())
+                elif not self.optimizer.built:  # A compiled loss has no variables.
+                    self.optimizer.build(self.trainable_variables)
 
     def _make_function(self, step_function, **kwargs):
         return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
