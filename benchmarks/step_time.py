@@ -33,6 +33,7 @@ SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm", "tiny")
 LARGE = ("vit_b16", "bert_base", "decoder")
 SECONDS_OF_A_TURN = 0.5  # Of plain training.
 MOST_STEPS = 512  # Of a turn.
+NUM_FIRSTS = 3  # Models of each variant whose first step is timed.
 MEMORY_STEPS = 3
 ALPHA = two_calls.ALPHA
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -242,21 +243,27 @@ def variants(make, rows, options=False):
     return result
 
 
-def time_variants(functions, rounds):
+def seconds_of(run, num_steps):
+    began = time.perf_counter()
+    run(num_steps)
+    return time.perf_counter() - began
+
+
+def time_variants(functions, rounds, num_firsts=1):
     """What was measured of each, `{name: {…}}`.
 
     `seconds` of a step, of every round; `first_step_seconds` of a call of `fit` with one step, which traces and
-    compiles; and `second_step_seconds` of another such call, in which `every` and `start` make a second program.
+    compiles; and `second_step_seconds` of another such call, in which `every` and `start` make a second program. Both
+    are medians over `num_firsts` new models, which take turns too.
     """
-    runs, rows = {}, {}
-    for name, make in functions.items():
+    runs, calls = {}, {name: [] for name in functions}
+    for name, make in list(functions.items()) * num_firsts:
         runs[name] = make()
-        calls = []
-        for _ in range(2):
-            began = time.perf_counter()
-            runs[name](1)
-            calls.append(time.perf_counter() - began)
-        rows[name] = {"seconds": [], "first_step_seconds": calls[0], "second_step_seconds": calls[1]}
+        calls[name].append([seconds_of(runs[name], 1) for _ in range(2)])
+    rows = {}
+    for name, pairs in calls.items():
+        first, second = map(statistics.median, zip(*pairs))
+        rows[name] = {"seconds": [], "first_step_seconds": first, "second_step_seconds": second}
     num_steps = 1
     while runs["plain"](num_steps) < SECONDS_OF_A_TURN and num_steps < MOST_STEPS:
         num_steps *= 2
@@ -314,7 +321,7 @@ def ratios(rows, name, base):
 def timed(args, case):
     make, batch_size, title = CASES[case]
     batch_size = args.batch_size or batch_size
-    measured = time_variants(variants(make, batch_size, args.options), args.rounds)
+    measured = time_variants(variants(make, batch_size, args.options), args.rounds, NUM_FIRSTS)
     rows = {}
     for name, row in measured.items():
         over_plain = ratios(measured, name, "plain")
