@@ -33,7 +33,6 @@ SMALL = ("mobilenet", "efficientnet", "vit", "bert", "lm", "tiny")
 LARGE = ("vit_b16", "bert_base", "decoder")
 SECONDS_OF_A_TURN = 0.5  # Of plain training.
 MOST_STEPS = 512  # Of a turn.
-NUM_FIRSTS = 3  # Models of each variant whose first step is timed.
 MEMORY_STEPS = 3
 ALPHA = two_calls.ALPHA
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -321,7 +320,7 @@ def ratios(rows, name, base):
 def timed(args, case):
     make, batch_size, title = CASES[case]
     batch_size = args.batch_size or batch_size
-    measured = time_variants(variants(make, batch_size, args.options), args.rounds, NUM_FIRSTS)
+    measured = time_variants(variants(make, batch_size, args.options), args.rounds, args.firsts)
     rows = {}
     for name, row in measured.items():
         over_plain = ratios(measured, name, "plain")
@@ -355,6 +354,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}; by default the first six")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--firsts", type=int, default=3, help="models of each variant whose first step is timed")
     parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
     parser.add_argument("--dtype", help="a Keras dtype policy; by default float32")
     parser.add_argument("--gpu", action="store_true", help="by default the last three cases, in mixed_bfloat16")
@@ -379,6 +379,8 @@ def parse_arguments():
         )
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, for quartiles. Received: {args.rounds}")
+    if args.firsts < 1:
+        parser.error(f"--firsts must be at least 1. Received: {args.firsts}")
     return args
 
 
