@@ -242,9 +242,9 @@ def variants(make, rows, options=False):
     return result
 
 
-def seconds_of(run, num_steps):
+def seconds_of(function, *args):
     began = time.perf_counter()
-    run(num_steps)
+    function(*args)
     return time.perf_counter() - began
 
 
@@ -305,12 +305,7 @@ def own_memory(args):
 def seconds_to_build():
     """Of the paired graph of a BERT with 12 layers; the width has no part in it."""
     model = bert(num_layers=12)[0]
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        rdrop_keras.sharing(model, "pooled_dense")
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds_of(rdrop_keras.sharing, model, "pooled_dense") for _ in range(5))
 
 
 def ratios(rows, name, base):

@@ -126,8 +126,8 @@ def _in_place(target, num_passes, size, logits):
     size = size or num_rows
     starts = range(0, num_rows, size)
 
-    def log_softmax(first):
-        return [torch.log_softmax(_wide(logits[first : first + size]), -1) for logits in passes]
+    def block_of(first):
+        return [_wide(logits[first : first + size]) for logits in passes]
 
     def mean(tensors):
         return sum(tensors[1:], tensors[0]).div_(num_passes)
@@ -137,7 +137,7 @@ def _in_place(target, num_passes, size, logits):
             each.sub_(tensor)
 
     def values_of(first):
-        logs = log_softmax(first)
+        logs = [torch.log_softmax(z, -1) for z in block_of(first)]
         crossentropy = sum(map(rows.part(first, len(logs[0])).dot, logs)) / -num_passes
         probabilities = [log.clamp_min_(divergences.MINUS_INFINITY).exp() for log in logs]
         if num_passes == 2:  # Half the product of the differences is the same, in fewer operations.
@@ -156,14 +156,13 @@ def _in_place(target, num_passes, size, logits):
         of_targets, of_divergences = upstream.reshape(2, -1, 1)
         of_targets, of_divergences = of_targets / num_passes, of_divergences / (num_passes - 1)
         for first in starts:
-            block = slice(first, first + size)
-            logits_of_block = [_wide(logits[block]) for logits in passes]
-            part = rows.part(first, len(logits_of_block[0]))
+            block, of_block = slice(first, first + size), block_of(first)
+            part = rows.part(first, len(of_block[0]))
             of_target, of_divergence = of_targets[block], of_divergences[block]
             slope = part.total() * of_target + of_divergence
-            probabilities = [torch.softmax(z, -1) for z in logits_of_block]
+            probabilities = [torch.softmax(z, -1) for z in of_block]
             shared = mean(probabilities).mul_(of_divergence)
-            first_pass, *others = [z.clamp_min(divergences.MINUS_INFINITY) for z in logits_of_block]
+            first_pass, *others = [z.clamp_min(divergences.MINUS_INFINITY) for z in of_block]
             subtract(others, first_pass)  # As in `_gradients`.
             of_mean = sum(others[1:], others[0]) / num_passes
             subtract(others, of_mean)
@@ -196,8 +195,9 @@ def _gradients(target, passes, upstream):
     num_passes = passes.shape[0]
     of_target = ops.expand_dims(upstream[0], -1) / num_passes
     of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
-    probabilities = ops.softmax(_wide(passes))
-    differences = ops.maximum(_wide(passes), divergences.MINUS_INFINITY)
+    wide = _wide(passes)
+    probabilities = ops.softmax(wide)
+    differences = ops.maximum(wide, divergences.MINUS_INFINITY)
     differences = differences - differences[0]  # So that the mean has the rounding of differences, not of logits.
     differences = differences - ops.mean(differences, axis=0)
     differences = differences - ops.expand_dims(_dot(probabilities, differences), -1)
@@ -256,7 +256,8 @@ class _Classes:
 
     def _for(self, passes):
         """The classes of each pass, `(m, …, 1)`, or of one."""
-        return ops.broadcast_to(self._classes, (*ops.shape(passes)[:-1], 1))
+        shape = (*ops.shape(passes)[:-1], 1)
+        return self._classes.expand(shape) if _on_torch() else ops.broadcast_to(self._classes, shape)
 
     def rows(self):
         """The same with the batch and all other axes but that of classes as one."""

@@ -48,8 +48,8 @@ def split(tensors, num_passes):
 
     def parts(tensor):
         if _rows_together():
-            by_row = ops.reshape(tensor, (-1, num_passes, *tensor.shape[1:]))
-            return [by_row[:, i] for i in range(num_passes)]
+            stacked = stack(tensor, num_passes)
+            return [stacked[i] for i in range(num_passes)]
         return ops.split(tensor, num_passes, axis=0)
 
     def annotated_parts(tensor):
@@ -84,7 +84,7 @@ def has_rows(tensor, num_passes):
 
 def _joined(tensors):
     if _rows_together():
-        return ops.reshape(ops.stack(tensors, axis=1), (-1, *tensors[0].shape[1:]))
+        return unstack(ops.stack(tensors))
     return ops.concatenate(tensors, axis=0)
 
 
