@@ -58,7 +58,7 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
         num_passes: The number of passes, m.
 
     Returns:
-        Two tensors of shape `(batch, …)`, in float32 or wider.
+        The two values in a tensor of shape `(2, batch, …)`, in float32 or wider.
     """
     config = loss.get_config()
     if isinstance(loss, keras.losses.CategoricalCrossentropy):
@@ -82,8 +82,7 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 
         return values, gradient
 
-    values = values_of(logits)
-    return target.counted(values[0]), values[1]
+    return target.counted(values_of(logits))
 
 
 def _at_once(target, num_passes, logits):
@@ -127,25 +126,20 @@ def _in_place(target, num_passes, size, logits):
     starts = range(0, num_rows, size)
 
     def block_of(first):
-        return [_wide(logits[first : first + size]) for logits in passes]
-
-    def mean(tensors):
-        return sum(tensors[1:], tensors[0]).div_(num_passes)
-
-    def subtract(tensors, tensor):
-        for each in tensors:
-            each.sub_(tensor)
+        part = passes[:, first : first + size]
+        return rows.part(first, part.shape[1]), _wide(part)
 
     def values_of(first):
-        logs = [torch.log_softmax(z, -1) for z in block_of(first)]
-        crossentropy = sum(map(rows.part(first, len(logs[0])).dot, logs)) / -num_passes
-        probabilities = [log.clamp_min_(divergences.MINUS_INFINITY).exp() for log in logs]
-        if num_passes == 2:  # Half the product of the differences is the same, in fewer operations.
-            divergence = 0.5 * torch.linalg.vecdot(*(each[0].sub_(each[1]) for each in (probabilities, logs)))
+        part, block = block_of(first)
+        logs = torch.log_softmax(block, -1)
+        crossentropy = part.dot(logs).mean(0).neg_()
+        probabilities = logs.clamp_min_(divergences.MINUS_INFINITY).exp()
+        if num_passes == 2:  # As in `_values`.
+            from_other = [each[0].sub_(each[1]) for each in (probabilities, logs)]
+            divergence = torch.linalg.vecdot(*from_other).mul_(0.5)
         else:
-            subtract(logs, mean(logs))
-            subtract(probabilities, mean(probabilities))
-            divergence = sum(map(torch.linalg.vecdot, probabilities, logs)) / (num_passes - 1)
+            from_mean = [each.sub_(each.mean(0)) for each in (probabilities, logs)]
+            divergence = torch.linalg.vecdot(*from_mean).sum(0).div_(num_passes - 1)
         return torch.stack([crossentropy, divergence.clamp_min_(0.0)])
 
     values = torch.cat([values_of(first) for first in starts], dim=1)
@@ -153,23 +147,18 @@ def _in_place(target, num_passes, size, logits):
     def gradients(upstream):
         result = torch.empty_like(logits)
         of_passes = result.view_as(passes)
-        of_targets, of_divergences = upstream.reshape(2, -1, 1)
-        of_targets, of_divergences = of_targets / num_passes, of_divergences / (num_passes - 1)
+        of_targets, of_divergences = _shares(upstream.reshape(2, -1, 1), num_passes)
         for first in starts:
-            block, of_block = slice(first, first + size), block_of(first)
-            part = rows.part(first, len(of_block[0]))
-            of_target, of_divergence = of_targets[block], of_divergences[block]
-            slope = part.total() * of_target + of_divergence
-            probabilities = [torch.softmax(z, -1) for z in of_block]
-            shared = mean(probabilities).mul_(of_divergence)
-            first_pass, *others = [z.clamp_min(divergences.MINUS_INFINITY) for z in of_block]
-            subtract(others, first_pass)  # As in `_gradients`.
-            of_mean = sum(others[1:], others[0]) / num_passes
-            subtract(others, of_mean)
-            differences = [of_mean.neg_(), *others]
-            for p, d, of_pass in zip(probabilities, differences, of_passes):
-                d.sub_(torch.linalg.vecdot(p, d)[:, None]).mul_(of_divergence).add_(slope).mul_(p).sub_(shared)
-                of_pass[block] = part.subtract(of_target, d)
+            part, block = block_of(first)
+            of_target, of_divergence = (each[first : first + size] for each in (of_targets, of_divergences))
+            probabilities = torch.softmax(block, -1)
+            shared = probabilities.mean(0).mul_(of_divergence)
+            differences = block.clamp_min(divergences.MINUS_INFINITY)
+            differences = differences - differences[0]  # As in `_gradients`.
+            differences.sub_(differences.mean(0))
+            differences.sub_(torch.linalg.vecdot(probabilities, differences).unsqueeze(-1)).mul_(of_divergence)
+            differences.add_(part.times_total(of_target) + of_divergence).mul_(probabilities).sub_(shared)
+            of_passes[:, first : first + size] = part.subtract(of_target, differences)
         return result
 
     return values.reshape(2, -1, *logits.shape[1:-1]), gradients
@@ -183,7 +172,7 @@ def _values(target, passes):
     logs = ops.maximum(logs, divergences.MINUS_INFINITY)
     probabilities = ops.exp(logs)
     if num_passes == 2:  # The same, in fewer operations.
-        divergence = 0.5 * _dot(probabilities[0] - probabilities[1], logs[0] - logs[1])
+        divergence = 0.5 * _dot(*(ops.subtract(*ops.unstack(each)) for each in (probabilities, logs)))
     else:
         from_mean = [each - ops.mean(each, axis=0) for each in (probabilities, logs)]
         divergence = ops.sum(_dot(*from_mean), axis=0) / (num_passes - 1)
@@ -192,18 +181,22 @@ def _values(target, passes):
 
 def _gradients(target, passes, upstream):
     """The gradient with respect to `passes`, `(m, …, classes)`, of the two values times `upstream`, `(2, …)`."""
-    num_passes = passes.shape[0]
-    of_target = ops.expand_dims(upstream[0], -1) / num_passes
-    of_divergence = ops.expand_dims(upstream[1], -1) / (num_passes - 1)
+    of_target, of_divergence = _shares(ops.expand_dims(upstream, -1), passes.shape[0])
     wide = _wide(passes)
     probabilities = ops.softmax(wide)
     differences = ops.maximum(wide, divergences.MINUS_INFINITY)
     differences = differences - differences[0]  # So that the mean has the rounding of differences, not of logits.
     differences = differences - ops.mean(differences, axis=0)
     differences = differences - ops.expand_dims(_dot(probabilities, differences), -1)
-    slope = target.total() * of_target + of_divergence
+    slope = target.times_total(of_target) + of_divergence
     gradients = probabilities * (slope + of_divergence * differences) - of_divergence * ops.mean(probabilities, axis=0)
     return ops.cast(target.subtract(of_target, gradients), passes.dtype)
+
+
+def _shares(upstream, num_passes):
+    """What `upstream`, `(2, …)`, is for each pass: ∂/∂z_i of its products with C and D, without their sums over i."""
+    of_target, of_divergence = ops.unstack(upstream)
+    return of_target / num_passes, of_divergence / (num_passes - 1)
 
 
 def _wide(logits):
@@ -235,29 +228,42 @@ class _Classes:
         return cls(ops.expand_dims(ops.cast(classes, "int64" if _on_torch() else "int32"), -1), counts)
 
     def dot(self, logs):
-        """⟨y l⟩, of one pass, `(…, classes)`, or of all, `(m, …, classes)`."""
+        """⟨y l⟩ of each pass, for `logs` of shape `(m, …, classes)`."""
+        classes = self._of_passes(logs)
         if _on_torch():
-            return logs.gather(-1, self._for(logs)).squeeze(-1)
-        return ops.squeeze(ops.take_along_axis(logs, self._for(logs), axis=-1), -1)
+            chosen = logs.gather(-1, classes)
+        elif keras.backend.backend() == "tensorflow":  # Keras's own makes some thirty operations.
+            import tensorflow as tf
 
-    def total(self):
-        return 1.0
+            chosen = tf.gather(logs, classes, axis=-1, batch_dims=len(logs.shape) - 1)
+        else:
+            chosen = ops.take_along_axis(logs, classes, axis=-1)
+        return ops.squeeze(chosen, -1)
+
+    def times_total(self, amount):
+        """⟨y⟩ `amount`."""
+        return amount
 
     def counted(self, values):
-        return values if self._counts is None else ops.where(self._counts, values, ops.zeros_like(values))
+        """The two values, with cross-entropies of 0 where the target is ignored."""
+        if self._counts is None:
+            return values
+        return ops.where(ops.stack([self._counts, ops.ones_like(self._counts)]), values, ops.zeros_like(values))
 
     def subtract(self, amount, gradient):
         """`gradient` less `amount` at the target."""
         if _on_torch():
-            at_target = self._for(gradient)
+            at_target = self._of_passes(gradient)
             return gradient.scatter_add_(-1, at_target, (-amount).expand_as(at_target))
         at_target = ops.equal(ops.arange(gradient.shape[-1], dtype=self._classes.dtype), self._classes)
         return ops.where(at_target, gradient - amount, gradient)
 
-    def _for(self, passes):
-        """The classes of each pass, `(m, …, 1)`, or of one."""
-        shape = (*ops.shape(passes)[:-1], 1)
-        return self._classes.expand(shape) if _on_torch() else ops.broadcast_to(self._classes, shape)
+    def _of_passes(self, passes):
+        """The classes of each pass, `(m, …, 1)`."""
+        num_passes = passes.shape[0]
+        if _on_torch():
+            return self._classes.expand(num_passes, *self._classes.shape)
+        return ops.stack([self._classes] * num_passes)
 
     def rows(self):
         """The same with the batch and all other axes but that of classes as one."""
@@ -281,8 +287,8 @@ class _Probabilities:
     def dot(self, logs):
         return ops.sum(ops.where(ops.equal(self._y, 0), ops.zeros_like(logs), self._y * logs), axis=-1)
 
-    def total(self):
-        return ops.sum(self._y, axis=-1, keepdims=True)
+    def times_total(self, amount):
+        return ops.sum(self._y, axis=-1, keepdims=True) * amount
 
     def counted(self, values):
         return values

@@ -18,7 +18,7 @@ from rdrop_keras import card, divergences
 from rdrop_keras.keras_gaps import _keras, step
 from rdrop_keras.keras_gaps.arguments import check_integer
 from rdrop_keras.keras_gaps.wrapper import WrapperModel
-from rdrop_keras.objective import MeanOfSome, RDropLoss
+from rdrop_keras.objective import RDropLoss, StepMeans
 from rdrop_keras.passes import Passes, check_dropout_rates, check_share, tiling
 
 
@@ -147,8 +147,8 @@ class RDropModel(WrapperModel):
         self.dropout_rates = None if dropout_rates is None else tuple(map(float, dropout_rates))
         self.share = share
         self._alpha = alphas.make(alpha, self)
-        names = ["task_loss", "consistency_loss", *(["alpha"] if self._alpha.moves else [])]
-        self._trackers = {name: MeanOfSome(name=name) for name in names}
+        self._logs = StepMeans(["task_loss", "consistency_loss"], name="rdrop")
+        self._alpha_log = StepMeans(["alpha"], name="rdrop_alpha") if self._alpha.moves else None
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_no_effect = False
@@ -241,7 +241,8 @@ class RDropModel(WrapperModel):
             getattr(self, "output_names", None),
             alpha=self._alpha,
             divergence=self.divergence,
-            trackers=self._trackers,
+            logs=self._logs,
+            alpha_log=self._alpha_log,
         )
 
     def compute_loss(
@@ -260,7 +261,7 @@ class RDropModel(WrapperModel):
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         current = step.current()
-        if current is not None and current.kind > 1:
+        if _keras.has_metrics(self) and current is not None and current.kind > 1:
             y_pred = tiling.split(y_pred, current.kind)[0]
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
@@ -272,7 +273,7 @@ class RDropModel(WrapperModel):
 
     @property
     def training_metrics(self) -> Sequence[keras.Metric]:
-        return list(self._trackers.values())
+        return [self._logs] if self._alpha_log is None else [self._logs, self._alpha_log]
 
     def jax_state_sync(self) -> None:
         """Gives variables the values that Keras's program for JAX has, and α the one that was assigned meanwhile."""

@@ -199,7 +199,7 @@ class _Measurement:
             getattr(wrapped, "output_names", None),
             alpha=None,
             divergence=model.divergence if isinstance(model, RDropModel) else "auto",
-            trackers={},
+            logs=None,
         )
         self._model = wrapped
         self._passes = passes

@@ -48,20 +48,21 @@ class RDropLoss(_keras.CompileLoss):
         loss, loss_weights, output_names: As for `CompileLoss`.
         alpha: What gives α, of `alpha.py`; None where the `terms` alone are asked for.
         divergence: What `RDropModel` takes.
-        trackers: `{name: MeanOfSome}`, updated in training: `task_loss` in every step with the mean over passes
-            of the compiled loss; in paired steps `consistency_loss` with the consistency term without α, and `alpha`,
-            if it is there, with α.
+        logs: `StepMeans` to update in training: `task_loss` in every step with the mean over passes of the compiled
+            loss, and in paired steps `consistency_loss` with the consistency term without α.
+        alpha_log: `StepMeans` to update in paired steps with `alpha`; None if it is not logged.
 
     Raises:
         ValueError: If `divergence` fits the losses or the outputs not; here where the names of losses and outputs
             tell, else when the first step has shown the outputs.
     """
 
-    def __init__(self, loss, loss_weights, output_names, *, alpha, divergence, trackers):
+    def __init__(self, loss, loss_weights, output_names, *, alpha, divergence, logs, alpha_log=None):
         super().__init__(loss, loss_weights, output_names=output_names)
         self.alpha = alpha
         self.divergence = divergence
-        self.trackers = trackers
+        self.logs = logs
+        self.alpha_log = alpha_log
         if output_names is not None:
             _check_outputs(divergence, output_names)
         if not tree.is_nested(divergence):
@@ -110,14 +111,16 @@ class RDropLoss(_keras.CompileLoss):
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
-        self._track("task_loss", task, rows)
+        logs = {"task_loss": _keras.unscale_loss_for_distribution(task)}
         if num_passes == 1:
+            self.logs.update_state(logs, rows)
             return task
         alpha = self.alpha.current()
-        self._track("consistency_loss", consistency, rows)
-        if "alpha" in self.trackers:
-            self.trackers["alpha"].update_state(alpha)
-        self.alpha.observe(replicas.weighed_value(_keras.unscale_loss_for_distribution(consistency)), weight)
+        logged = _keras.unscale_loss_for_distribution(consistency)
+        self.logs.update_state({**logs, "consistency_loss": logged}, rows)
+        if self.alpha_log is not None:
+            self.alpha_log.update_state({"alpha": alpha}, 1)
+        self.alpha.observe(replicas.weighed_value(logged), weight)
         return task + alpha / num_passes * consistency
 
     def terms(self, y_true, y_pred, sample_weight=None):
@@ -133,15 +136,27 @@ class RDropLoss(_keras.CompileLoss):
             lambda: sum(output.weight() for output in outputs),
         )
 
-    def _track(self, name, value, rows):
-        self.trackers[name].update_state(_keras.unscale_loss_for_distribution(value), sample_weight=rows)
 
+class StepMeans(keras.metrics.Metric):
+    """Means of what steps have, by name and weighted by rows; NaN, and not 0, as long as no step had it.
 
-class MeanOfSome(keras.metrics.Mean):
-    """A mean of what some steps have: NaN, and not 0, as long as none had it."""
+    It is one metric with one variable, since what is around a step is what a small model's step costs.
+    """
+
+    def __init__(self, names, name):
+        super().__init__(name=name)
+        self.names = names
+        self._sums = self.add_variable(shape=(2 * len(names),), initializer="zeros", name="sums")
+
+    def update_state(self, values, rows):
+        """Counts the `values`, `{name: scalar}`, of a step with so many rows."""
+        sums = [ops.cast(values.get(name, 0.0), self.dtype) for name in self.names]
+        counts = [float(name in values) for name in self.names]
+        self._sums.assign_add(ops.convert_to_tensor(sums + counts) * ops.cast(rows, self.dtype))
 
     def result(self):
-        return ops.where(self.count > 0, super().result(), float("nan"))
+        totals, rows = ops.split(self._sums.value, 2)
+        return dict(zip(self.names, ops.unstack(totals / rows)))
 
 
 class _OutputTerms(NamedTuple):
@@ -171,24 +186,28 @@ class _PassesLoss:
                 "R-Drop needs the batch on axis 0 of every output with a loss. "
                 f"Received: an output of shape {tuple(y_pred.shape)} for {num_passes} passes."
             )
-        passes = tiling.split(y_pred, num_passes)
-        task = None
-        if self.divergence is not None:
-            if crossentropy.reads_together(self.loss, self.divergence, y_pred):
-                task, values = crossentropy.crossentropy_and_kl(self.loss, y_true, y_pred, num_passes)
-                task = self._reduced(self.reduction, task, y_true, passes, sample_weight)
-            else:
-                values = self._divergence_of(passes)
-            term = self._weighed(self._reduced(self.reduction, values, y_true, passes, sample_weight))
-            agreement = None
-            if self.divergence.name != "mse":
-                agreement = functools.partial(self._agreement, y_true, passes, sample_weight)
-            weight = functools.partial(self._weight, ops.ones_like(values), y_true, passes, sample_weight)
-            term = term if self.loss_weight is None else self.loss_weight * term
-            step.current().notes.append(_OutputTerms(term, agreement, weight))
-        if task is None:
-            task = sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
+        if self.divergence is None:
+            return self._weighed(self._task(y_true, y_pred, sample_weight))
+        reads_together = crossentropy.reads_together(self.loss, self.divergence, y_pred)
+        if reads_together:
+            values = crossentropy.crossentropy_and_kl(self.loss, y_true, y_pred, num_passes)
+        else:
+            values = ops.expand_dims(self._divergence_of(tiling.split(y_pred, num_passes)), 0)
+        mask = self._mask(values, y_true, y_pred, num_passes)
+        *task, consistency = self._reduced(self.reduction, values, mask, sample_weight)
+        task = task[0] if reads_together else self._task(y_true, y_pred, sample_weight)
+        consistency = self._weighed(consistency)
+        consistency = consistency if self.loss_weight is None else self.loss_weight * consistency
+        agreement = None
+        if self.divergence.name != "mse":
+            agreement = functools.partial(self._agreement, y_pred, mask, sample_weight)
+        weight = functools.partial(self._weight, values, mask, sample_weight)
+        step.current().notes.append(_OutputTerms(consistency, agreement, weight))
         return self._weighed(task)
+
+    def _task(self, y_true, y_pred, sample_weight):
+        num_passes = _num_passes()
+        return sum(self.loss(y_true, p, sample_weight) for p in tiling.split(y_pred, num_passes)) / num_passes
 
     def _weighed(self, term):
         return term if self.loss.reduction == "sum" else replicas.weigh(term)
@@ -201,28 +220,49 @@ class _PassesLoss:
             passes, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
         return divergence(passes)
 
-    def _agreement(self, y_true, passes, sample_weight):
-        first, second = (self.divergence.decisions(output) for output in passes)
+    def _agreement(self, y_pred, mask, sample_weight):
+        first, second = map(self.divergence.decisions, tiling.split(y_pred, 2))
         alike = ops.cast(ops.equal(first, second), "float32")
         alike = alike if self.divergence.name != "bernoulli_kl" else ops.mean(alike, axis=self.divergence.axis)
         fraction = _AsGiven(reduction="mean_with_sample_weight", dtype="float32", name="agreement")
-        return self._reduced(fraction, alike, y_true, passes, sample_weight)
+        return self._reduced(fraction, ops.expand_dims(alike, 0), mask, sample_weight)[0]
 
-    def _weight(self, ones, y_true, passes, sample_weight):
-        return self._reduced(_AsGiven(reduction="sum", dtype="float32"), ones, y_true, passes, sample_weight)
+    def _weight(self, values, mask, sample_weight):
+        total = _AsGiven(reduction="sum", dtype="float32")
+        return self._reduced(total, ops.ones_like(values[:1]), mask, sample_weight)[0]
 
-    def _reduced(self, reduction, values, y_true, passes, sample_weight):
-        """`values`, one for each element of the loss, reduced under the weights and the mask of the loss."""
-        masks = [mask for mask in map(_keras.get_keras_mask, passes) if mask is not None]
+    def _mask(self, values, y_true, y_pred, num_passes):
+        """Which elements count in all passes, of the shape of one of `values`; None if all do."""
+        mask = _keras.get_keras_mask(y_pred)
+        masks = [] if mask is None else [ops.cast(each, "bool") for each in tiling.split(mask, num_passes)]
         if self.ignored_class is not None:
             counts = ops.not_equal(y_true, ops.cast(self.ignored_class, y_true.dtype))
-            masks.append(ops.reshape(counts, ops.shape(values)))
-        if masks:
-            mask = ops.cast(masks[0], "bool")
-            for other in masks[1:]:
-                mask = ops.logical_and(mask, other)
-            _keras.set_keras_mask(values, mask)
-        return ops.cast(reduction(values, values, sample_weight), self.loss.dtype)
+            masks.append(ops.reshape(counts, ops.shape(values)[1:]))
+        return functools.reduce(ops.logical_and, masks) if masks else None
+
+    def _reduced(self, reduction, values, mask, sample_weight):
+        """The k scalars of `values`, `(k, …)`, k for each element of the loss, reduced under its weights and mask."""
+        if mask is None and sample_weight is None and reduction.reduction in _MEANS:
+            reduced = ops.unstack(_keras.scale_loss_for_distribution(_means(values)))
+        else:
+            reduced = []
+            for each in ops.unstack(values):
+                if mask is not None:
+                    _keras.set_keras_mask(each, mask)
+                reduced.append(reduction(each, each, sample_weight))
+        return [ops.cast(value, self.loss.dtype) for value in reduced]
+
+
+# Reductions that are the mean where nothing has a weight.
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+def _means(values):
+    """The mean of each of `values`, `(k, …)`: 0, as in Keras, of a replica's part of a batch that has no rows."""
+    axes = tuple(range(1, len(values.shape)))
+    if all(size for size in values.shape[1:]):  # Static, and not 0.
+        return ops.mean(values, axis=axes)
+    return ops.divide_no_nan(ops.sum(values, axis=axes), ops.cast(ops.size(values[0]), values.dtype))
 
 
 def _num_passes():

@@ -14,7 +14,7 @@ import inspect
 import keras
 from keras.src.backend import AutocastScope, compute_output_spec, get_keras_mask, is_float_dtype, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.losses.loss import unscale_loss_for_distribution
+from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
 
 # The compiled loss. Nothing else knows which target, weight and output belong together.
@@ -35,6 +35,7 @@ __all__ = [
     "copy_annotations",
     "functional",
     "get_keras_mask",
+    "has_metrics",
     "has_seed",
     "has_state",
     "input_layers",
@@ -52,6 +53,7 @@ __all__ = [
     "packed_outputs",
     "reference_order",
     "run_graph",
+    "scale_loss_for_distribution",
     "set_compiled_loss",
     "set_keras_mask",
     "set_lora_layers",
@@ -300,6 +302,11 @@ def strategy_scope(model):
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
+def has_metrics(model):
+    """Whether `model` was compiled with metrics."""
+    return model._compile_metrics is not None
+
+
 def loss_weights(model):
     """The `loss_weights` that `model` was compiled with."""
     return model._compile_loss._user_loss_weights
@@ -340,7 +347,7 @@ _PRIVATE_NAMES = {
         "_trainable",
         "_trainable_variables",
     ),
-    keras.Model: ("_aggregate_additional_loss", "_assert_input_compatibility", "_compile_loss"),
+    keras.Model: ("_aggregate_additional_loss", "_assert_input_compatibility", "_compile_loss", "_compile_metrics"),
     keras.Sequential: ("_functional",),
     Functional: (
         "_inputs_struct",
@@ -356,7 +363,6 @@ if keras.backend.backend() == "tensorflow":
     from keras.src.backend.tensorflow.trainer import TFEpochIterator
 
     _PRIVATE_NAMES[keras.Model] += (
-        "_compile_metrics",
         "_distribute_strategy",
         "_make_function",
         "_maybe_symbolic_build",

@@ -48,7 +48,8 @@ def drawing_from(seed):
     with _torch_fork():
         # `torch.manual_seed` notes the whole call stack, which a small step would feel.
         manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-        manual_seed(int(seed.next().sum()))
+        manual_seed(int(seed.state.value.sum()))
+        seed.state.value[1] += 1  # As `seed.next()`, which takes several small operations.
         yield
 
 

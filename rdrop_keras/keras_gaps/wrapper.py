@@ -241,7 +241,7 @@ class WrapperModel(keras.Model):
             # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
             # every step anew in which variables were made. What fails here is left to that trace, which tells why.
             with contextlib.suppress(Exception):
-                if self._compile_metrics is not None:
+                if _keras.has_metrics(self):
                     self._symbolic_build(data_batch=specification())
                 elif not self.optimizer.built:  # A compiled loss has no variables.
                     self.optimizer.build(self.trainable_variables)

@@ -69,8 +69,8 @@ class Passes:
         self.refresh()
         at_rates = self._at_rates(num_passes)
         if self.graph.knows_layers:
-            # With rates the graph runs layer by layer even if it shares nothing, since each layer is set by itself.
-            if self.graph.shares or at_rates is not None:
+            # That nothing is shared needs no graph, unless the passes run one by one, each layer at rates of its own.
+            if self.share != "nothing" or at_rates is not None:
                 return self.graph(inputs, num_passes, training, at_rates)
         elif self._separate is None and at_rates is None:
             self._separate = _relates_rows(self.model, inputs, training)
