@@ -186,16 +186,18 @@ class _PassesLoss:
                 "R-Drop needs the batch on axis 0 of every output with a loss. "
                 f"Received: an output of shape {tuple(y_pred.shape)} for {num_passes} passes."
             )
-        if self.divergence is None:
-            return self._weighed(self._task(y_true, y_pred, sample_weight))
-        reads_together = crossentropy.reads_together(self.loss, self.divergence, y_pred)
-        if reads_together:
+        if self.divergence is not None and crossentropy.reads_together(self.loss, self.divergence, y_pred):
+            task = None
             values = crossentropy.crossentropy_and_kl(self.loss, y_true, y_pred, num_passes)
         else:
-            values = ops.expand_dims(self._divergence_of(tiling.split(y_pred, num_passes)), 0)
+            passes = tiling.split(y_pred, num_passes)
+            task = sum(self.loss(y_true, p, sample_weight) for p in passes) / num_passes
+            if self.divergence is None:
+                return self._weighed(task)
+            values = ops.expand_dims(self._divergence_of(passes), 0)
         mask = self._mask(values, y_true, y_pred, num_passes)
-        *task, consistency = self._reduced(self.reduction, values, mask, sample_weight)
-        task = task[0] if reads_together else self._task(y_true, y_pred, sample_weight)
+        *read_together, consistency = self._reduced(self.reduction, values, mask, sample_weight)
+        task = read_together[0] if task is None else task
         consistency = self._weighed(consistency)
         consistency = consistency if self.loss_weight is None else self.loss_weight * consistency
         agreement = None
@@ -204,10 +206,6 @@ class _PassesLoss:
         weight = functools.partial(self._weight, values, mask, sample_weight)
         step.current().notes.append(_OutputTerms(consistency, agreement, weight))
         return self._weighed(task)
-
-    def _task(self, y_true, y_pred, sample_weight):
-        num_passes = _num_passes()
-        return sum(self.loss(y_true, p, sample_weight) for p in tiling.split(y_pred, num_passes)) / num_passes
 
     def _weighed(self, term):
         return term if self.loss.reduction == "sum" else replicas.weigh(term)

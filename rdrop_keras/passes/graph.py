@@ -80,11 +80,6 @@ class PairedGraph:
         """Whether the model is a graph of layers, and not a single call."""
         return self._functional is not None
 
-    @property
-    def shares(self):
-        """Whether any call runs once for all passes."""
-        return not all(call.repeated for call in self.calls)
-
     def summary(self):
         """One line on what runs once."""
         repeated = {id(weight) for call in self.calls if call.repeated for weight in call.weights}
