@@ -12,8 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from rdrop_keras.keras_gaps import _keras, replicas
-from rdrop_keras.keras_gaps.arguments import check_number, is_number
+from rdrop_keras import keras_private
+from rdrop_keras.arguments import check_number, is_number
+from rdrop_keras.wrapper import replicas
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
@@ -246,7 +247,7 @@ class Scheduled(_Alpha):
         if keras.backend.backend() == "torch":  # It runs the function as Python in each step.
             return
         try:
-            _keras.compute_output_spec(self._at, keras.KerasTensor((), dtype="int32"))
+            keras_private.compute_output_spec(self._at, keras.KerasTensor((), dtype="int32"))
         except Exception as error:
             raise ValueError(
                 "`alpha` must be a function of the training step, an integer tensor, that is written in `keras.ops`, "

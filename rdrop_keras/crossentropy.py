@@ -13,8 +13,7 @@ import functools
 import keras
 from keras import ops
 
-from rdrop_keras import divergences
-from rdrop_keras.keras_gaps import blocks
+from rdrop_keras import blocks, divergences
 from rdrop_keras.passes import tiling
 
 

@@ -2,7 +2,7 @@
 
 Comes in: what the user gives, and the batches of `fit`. Goes out: when a step is one of R-Drop, what it minimizes and
 logs. The passes are made in `passes`, the objective in `objective.py`; what any wrapper of a Keras model needs is in
-`keras_gaps.wrapper`.
+`wrapper`.
 """
 
 import math
@@ -14,12 +14,12 @@ import keras
 from keras import ops, tree
 
 from rdrop_keras import alpha as alphas
-from rdrop_keras import card, divergences
-from rdrop_keras.keras_gaps import _keras, step
-from rdrop_keras.keras_gaps.arguments import check_integer
-from rdrop_keras.keras_gaps.wrapper import WrapperModel
+from rdrop_keras import divergences, keras_private
+from rdrop_keras.arguments import check_integer
 from rdrop_keras.objective import RDropLoss, StepMeans
 from rdrop_keras.passes import Passes, check_dropout_rates, check_share, tiling
+from rdrop_keras.wrapper import step
+from rdrop_keras.wrapper.wrapper_model import WrapperModel
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
@@ -152,7 +152,6 @@ class RDropModel(WrapperModel):
         # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
         self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_no_effect = False
-        self._trained_with: dict[str, str] | None = None  # The versions that trained it last.
         self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
     @property
@@ -162,21 +161,6 @@ class RDropModel(WrapperModel):
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         self._alpha.assign(alpha)
-
-    @property
-    def training_card(self) -> dict[str, Any]:
-        """What trained the model, for its model card: the arguments of R-Drop, and the versions of the last training.
-
-        A new dict, of what JSON can hold. It is saved with the model, and a file that is loaded tells what trained it.
-
-        Example:
-
-        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.1), keras.layers.Dense(3)])
-        >>> card = rdrop_keras.RDropModel(model, alpha=5.0, start=100).training_card
-        >>> card["alpha"], card["num_passes"], card["start"], sorted(card["versions"])[-1]
-        (5.0, 2, 100, 'rdrop_keras')
-        """
-        return card.training_card(self, self._trained_with or card.installed_versions())
 
     # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
@@ -193,7 +177,7 @@ class RDropModel(WrapperModel):
     def steps_made(self, result: Any) -> int:
         if self.steps_per_execution == 1 or self._num_steps >= self.start:
             return self.steps_per_execution
-        return _keras.value_after(self, self._step_counter, result) - self._num_steps
+        return keras_private.value_after(self, self._step_counter, result) - self._num_steps
 
     def check_steps_per_execution(self) -> None:
         if self.every > 1 and self.steps_per_execution > 1:
@@ -203,14 +187,8 @@ class RDropModel(WrapperModel):
                 f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
             )
 
-    def make_train_function(self, force: bool = False) -> None:
-        """Makes the program of training, and notes the versions for `training_card`."""
-        if self.train_function is None or force:  # Keras asks in each `train_on_batch`.
-            self._trained_with = card.installed_versions()
-        super().make_train_function(force)
-
     def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
-        return _keras.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
+        return keras_private.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes.
@@ -261,7 +239,7 @@ class RDropModel(WrapperModel):
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         current = step.current()
-        if _keras.has_metrics(self) and current is not None and current.kind > 1:
+        if keras_private.has_metrics(self) and current is not None and current.kind > 1:
             y_pred = tiling.split(y_pred, current.kind)[0]
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
@@ -326,7 +304,6 @@ class RDropModel(WrapperModel):
             "start": self.start,
             "dropout_rates": self.dropout_rates and list(self.dropout_rates),
             "share": self.share,
-            **({"trained_with": dict(self._trained_with)} if self._trained_with else {}),
         }
 
     @classmethod
@@ -335,11 +312,9 @@ class RDropModel(WrapperModel):
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
             for key in ("alpha", "divergence")
         }
-        trained_with = config.get("trained_with")
+        # Files of earlier versions have `trained_with` too.
         config = {key: value for key, value in config.items() if key != "trained_with"}
-        model = super().from_config({**config, **nested}, custom_objects)
-        model._trained_with = trained_with
-        return model
+        return super().from_config({**config, **nested}, custom_objects)
 
 
 # `fit` warns if R-Drop was a smaller share of the loss than this, once so many steps show it.

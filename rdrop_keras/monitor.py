@@ -14,12 +14,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from rdrop_keras.keras_gaps import _keras, preprocessing, random_state, step
-from rdrop_keras.keras_gaps.arguments import check_integer
-from rdrop_keras.keras_gaps.wrapper import unwrapped
+from rdrop_keras import keras_private
+from rdrop_keras.arguments import check_integer
 from rdrop_keras.model import RDropModel
 from rdrop_keras.objective import RDropLoss
 from rdrop_keras.passes import Passes, tiling
+from rdrop_keras.wrapper import preprocessing, random_state, step
+from rdrop_keras.wrapper.wrapper_model import unwrapped
 
 
 class Estimate(NamedTuple):
@@ -195,7 +196,7 @@ class _Measurement:
             )
         loss = RDropLoss(
             model.loss,
-            _keras.loss_weights(model),
+            keras_private.loss_weights(model),
             getattr(wrapped, "output_names", None),
             alpha=None,
             divergence=model.divergence if isinstance(model, RDropModel) else "auto",
@@ -203,7 +204,7 @@ class _Measurement:
         )
         self._model = wrapped
         self._passes = passes
-        with _keras.strategy_scope(wrapped):
+        with keras_private.strategy_scope(wrapped):
             self._probe = _Probe(wrapped, loss, passes)
             self._probe.compile(loss=None, optimizer=None)
 
@@ -242,7 +243,7 @@ class _Probe(keras.Model):
 
     def call(self, inputs, training=None):
         passes = self._call_passes(inputs, self._passes, True)
-        return {"full": _keras.call(self.model, inputs, False), "passes": passes}
+        return {"full": keras_private.call(self.model, inputs, False), "passes": passes}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         full, passes = y_pred["full"], tiling.split(y_pred["passes"], self._passes)
@@ -259,10 +260,10 @@ class _Probe(keras.Model):
 
         pairs = [terms(passes[i], passes[j]) for i, j in self._pairs]
         values = [
-            *(_keras.unscale_loss_for_distribution(terms(output).task) for output in (full, *passes)),
-            *(_keras.unscale_loss_for_distribution(pair.consistency) for pair in pairs),
-            *(_keras.unscale_loss_for_distribution(agreement(pair)) for pair in pairs),
-            *(_keras.unscale_loss_for_distribution(agreement(terms(full, output))) for output in passes),
+            *(keras_private.unscale_loss_for_distribution(terms(output).task) for output in (full, *passes)),
+            *(keras_private.unscale_loss_for_distribution(pair.consistency) for pair in pairs),
+            *(keras_private.unscale_loss_for_distribution(agreement(pair)) for pair in pairs),
+            *(keras_private.unscale_loss_for_distribution(agreement(terms(full, output))) for output in passes),
         ]
         rows = ops.shape(keras.tree.flatten(full)[0])[0]
         self._vector.update_state(ops.stack([ops.cast(value, "float32") for value in values]), sample_weight=rows)
@@ -301,7 +302,9 @@ class _VectorMean(keras.metrics.Metric):
 @contextlib.contextmanager
 def _inference_statistics(model):
     """Within it, batch normalization uses its moving statistics in training too."""
-    batch_norms = [layer for layer in _keras.all_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
+    batch_norms = [
+        layer for layer in keras_private.all_layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     trainable = [layer for layer in batch_norms if layer.trainable]
     try:
         for layer in trainable:

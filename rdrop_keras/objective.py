@@ -14,9 +14,9 @@ from typing import NamedTuple
 import keras
 from keras import ops, tree
 
-from rdrop_keras import crossentropy, divergences
-from rdrop_keras.keras_gaps import _keras, replicas, step
+from rdrop_keras import crossentropy, divergences, keras_private
 from rdrop_keras.passes import tiling
+from rdrop_keras.wrapper import replicas, step
 
 
 class Terms(NamedTuple):
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
     weight: object
 
 
-class RDropLoss(_keras.CompileLoss):
+class RDropLoss(keras_private.CompileLoss):
     """What `Model.compile` makes of `loss`, with the consistency term added in paired steps.
 
     In any other step it is Keras's compiled loss and nothing else. To its value Keras adds what layers gave to
@@ -111,12 +111,12 @@ class RDropLoss(_keras.CompileLoss):
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
-        logs = {"task_loss": _keras.unscale_loss_for_distribution(task)}
+        logs = {"task_loss": keras_private.unscale_loss_for_distribution(task)}
         if num_passes == 1:
             self.logs.update_state(logs, rows)
             return task
         alpha = self.alpha.current()
-        logged = _keras.unscale_loss_for_distribution(consistency)
+        logged = keras_private.unscale_loss_for_distribution(consistency)
         self.logs.update_state({**logs, "consistency_loss": logged}, rows)
         if self.alpha_log is not None:
             self.alpha_log.update_state({"alpha": alpha}, 1)
@@ -212,7 +212,7 @@ class _PassesLoss:
 
     def _divergence_of(self, passes):
         divergence = self.divergence
-        logits = [_keras.keras_logits(output) for output in passes]
+        logits = [keras_private.keras_logits(output) for output in passes]
         if divergence.from_logits is False and logits[0] is not None:
             # The probabilities came out of a softmax or sigmoid: its inputs have not been rounded to 0 and 1.
             passes, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
@@ -231,7 +231,7 @@ class _PassesLoss:
 
     def _mask(self, values, y_true, y_pred, num_passes):
         """Which elements count in all passes, of the shape of one of `values`; None if all do."""
-        mask = _keras.get_keras_mask(y_pred)
+        mask = keras_private.get_keras_mask(y_pred)
         masks = [] if mask is None else [ops.cast(each, "bool") for each in tiling.split(mask, num_passes)]
         if self.ignored_class is not None:
             counts = ops.not_equal(y_true, ops.cast(self.ignored_class, y_true.dtype))
@@ -241,12 +241,12 @@ class _PassesLoss:
     def _reduced(self, reduction, values, mask, sample_weight):
         """The k scalars of `values`, `(k, …)`, k for each element of the loss, reduced under its weights and mask."""
         if mask is None and sample_weight is None and reduction.reduction in _MEANS:
-            reduced = ops.unstack(_keras.scale_loss_for_distribution(_means(values)))
+            reduced = ops.unstack(keras_private.scale_loss_for_distribution(_means(values)))
         else:
             reduced = []
             for each in ops.unstack(values):
                 if mask is not None:
-                    _keras.set_keras_mask(each, mask)
+                    keras_private.set_keras_mask(each, mask)
                 reduced.append(reduction(each, each, sample_weight))
         return [ops.cast(value, self.loss.dtype) for value in reduced]
 

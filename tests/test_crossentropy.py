@@ -10,8 +10,7 @@ from keras import layers, losses, ops
 import reference
 from marks import slow
 from models import Passes, gradients_of_step, to_numpy
-from rdrop_keras import Divergence, RDropModel, crossentropy
-from rdrop_keras.keras_gaps import blocks
+from rdrop_keras import Divergence, RDropModel, blocks, crossentropy
 
 SMOOTHING = 0.1
 LENGTHS = np.array([4, 2, 3])

@@ -13,8 +13,8 @@ from keras import layers, losses, ops
 from marks import slow
 from models import mlp, to_numpy
 from rdrop_keras import KLBudget, RDropModel
-from rdrop_keras.keras_gaps import random_state, step
 from rdrop_keras.passes import tiling
+from rdrop_keras.wrapper import random_state, step
 
 # The last batch has 5 rows in place of 8: 3 and 2 on two replicas; 2, 2, 1 and none on four.
 X = np.random.RandomState(0).normal(size=(21, 4)).astype("float32")

@@ -8,7 +8,7 @@ from keras import layers, losses, ops
 from marks import slow
 from models import to_numpy
 from rdrop_keras import RDropModel, stochastic_layers, with_dropout
-from rdrop_keras.passes import rates
+from rdrop_keras.dropout import rates
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 1e-6
@@ -334,7 +334,7 @@ def test_applications():
 
 def test_trains_with_rdrop():
     model = keras.Sequential([keras.Input((8,)), layers.Dense(16), layers.Dropout(0.0), layers.Dense(3)])
-    with pytest.raises(ValueError, match=r"`rdrop_keras.with_dropout\(model, 0.1\)` is the same model"):
+    with pytest.raises(ValueError, match=r"`rdrop_keras.with_dropout\(model, 0.1\)` raises them"):
         RDropModel(model)
     model = RDropModel(with_dropout(model, 0.1))
     model.compile("adam", losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -548,6 +548,6 @@ def test_error_without_dropout_names_the_remedy(hub):
         with pytest.raises(ValueError, match=f"needs a layer that is random in training.*{remedy}"):
             RDropModel(backbone(hub, name))
     net = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"needs a layer .*Insert a `keras.layers.Dropout`.*layers are: none") as error:
+    with pytest.raises(ValueError, match=r"needs a layer .*insert a `keras.layers.Dropout`.*layers are: none") as error:
         RDropModel(net)
     assert "with_dropout" not in str(error.value)

@@ -10,8 +10,8 @@ from keras import layers, ops
 
 import rdrop_keras
 from models import gradients_of_step, to_numpy
-from rdrop_keras.keras_gaps import step
 from rdrop_keras.passes.graph import PairedGraph
+from rdrop_keras.wrapper import step
 
 RNG = np.random.default_rng(0)
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

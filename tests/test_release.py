@@ -13,7 +13,7 @@ import keras
 import pytest
 
 import rdrop_keras
-from rdrop_keras.keras_gaps import versions
+from rdrop_keras import _version
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "rdrop_keras").rglob("*.py")}
@@ -56,7 +56,7 @@ def test_version_is_the_same_everywhere():
 
 
 def test_versions_of_keras_are_the_same_everywhere():
-    oldest, newest = ("{}.{}".format(*version) for version in (versions.OLDEST, versions.NEWEST))
+    oldest, newest = ("{}.{}".format(*version) for version in (_version.OLDEST, _version.NEWEST))
     assert f"keras>={oldest}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
     assert f"Keras {oldest} to {newest}" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -64,7 +64,7 @@ def test_versions_of_keras_are_the_same_everywhere():
 @pytest.mark.parametrize("version", ["3.14.0", "3.15.1", "3.15.0.dev2026"])
 def test_tested_versions_of_keras(monkeypatch, version):
     monkeypatch.setattr(keras, "__version__", version)
-    versions.check_version()  # Warnings are errors here.
+    _version.check_version()  # Warnings are errors here.
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_other_versions_of_keras(monkeypatch, version, remedy):
     monkeypatch.setattr(keras, "__version__", version)
     message = rf"with Keras 3.14 to 3.15, and Keras {version} is installed.*{remedy}.*pip install 'keras>=3.14,<3.16'"
     with pytest.warns(UserWarning, match=message):
-        versions.check_version()
+        _version.check_version()
 
 
 def test_import_warns_once_and_loads_nothing_but_the_chosen_backend():

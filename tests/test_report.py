@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import rdrop_keras
 from models import mlp
-from rdrop_keras.keras_gaps import step
+from rdrop_keras.wrapper import step
 
 
 def backbone_and_head():

@@ -8,7 +8,7 @@ from keras import layers, ops
 from marks import slow
 from models import logs_of_step, mlp, to_numpy
 from rdrop_keras import RDropModel
-from rdrop_keras.keras_gaps import step
+from rdrop_keras.wrapper import step
 
 X = np.random.RandomState(0).normal(size=(48, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 2] > 1)

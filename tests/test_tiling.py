@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 from rdrop_keras.passes import tiling
 
 BACKEND = keras.backend.backend()
@@ -101,7 +101,7 @@ def test_masks_go_with_their_tensors():
     passes = [embedding(np.array(tokens)) for tokens in ([[1, 0], [2, 3]], [[0, 0], [4, 0]])]
     for one, expected in zip(tiling.split(tiling.concatenate(passes), 2), passes):
         assert_equal(one, expected)
-        assert_equal(_keras.get_keras_mask(one), _keras.get_keras_mask(expected))
+        assert_equal(keras_private.get_keras_mask(one), keras_private.get_keras_mask(expected))
 
 
 def test_inputs_without_a_batch():

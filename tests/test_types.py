@@ -11,8 +11,8 @@ import pytest
 
 import rdrop_keras
 from rdrop_keras import monitor
-from rdrop_keras.keras_gaps.wrapper import WrapperModel
 from rdrop_keras.passes import report
+from rdrop_keras.wrapper.wrapper_model import WrapperModel
 
 PUBLIC = [
     *(getattr(rdrop_keras, name) for name in rdrop_keras.__all__ if name not in ("__version__", "plot")),

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from models import mlp
-from rdrop_keras.keras_gaps import wrapper
+from rdrop_keras.wrapper import wrapper_model
 
 
 def test_docstring_of_the_wrapper():
     names = {"keras": keras, "np": np}
-    (test,) = doctest.DocTestFinder(recurse=False).find(wrapper.WrapperModel, "WrapperModel", globs=names)
+    (test,) = doctest.DocTestFinder(recurse=False).find(wrapper_model.WrapperModel, "WrapperModel", globs=names)
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
 @keras.saving.register_keras_serializable("tests")
-class Doubled(wrapper.WrapperModel):
+class Doubled(wrapper_model.WrapperModel):
     """Another method than R-Drop: it doubles the inputs in every other training step."""
 
     kinds_of_step = (2.0, 1.0)

@@ -14,9 +14,10 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from rdrop_keras.keras_gaps import _keras
-from rdrop_keras.keras_gaps.arguments import is_number
+from rdrop_keras import keras_private
+from rdrop_keras.arguments import is_number
 from rdrop_keras.passes import randomness, tiling
+from rdrop_keras.passes.dropout_rates import DropoutRates, Rates
 from rdrop_keras.passes.graph import PairedGraph
 from rdrop_keras.passes.marking import BATCH_SIZES, follows_batch
 
@@ -54,8 +55,8 @@ class Passes:
             return
         randomness.check_stochastic(self.model)
         self.graph = PairedGraph(self.model, self.share)
-        self._rates = None if self.dropout_rates is None else randomness.DropoutRates(self.model)
-        self._rates_seen = randomness.Rates(self.model)
+        self._rates = None if self.dropout_rates is None else DropoutRates(self.model)
+        self._rates_seen = Rates(self.model)
         # If the model is no graph of layers, the shapes of the first batch tell.
         self._separate = True if self.graph.separate else False if self.graph.knows_layers else None
 
@@ -65,7 +66,7 @@ class Passes:
             if isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
                 self.model.build(tuple(inputs.shape))
             else:
-                _keras.call(self.model, inputs, False)
+                keras_private.call(self.model, inputs, False)
         self.refresh()
         at_rates = self._at_rates(num_passes)
         if self.graph.knows_layers:
@@ -76,11 +77,11 @@ class Passes:
             self._separate = _relates_rows(self.model, inputs, training)
             at_rates = self._at_rates(num_passes)
         if at_rates is None:
-            return _keras.call(self.model, tiling.tile(inputs, num_passes), training)
+            return keras_private.call(self.model, tiling.tile(inputs, num_passes), training)
         outputs = []
         for at_rate in at_rates:
             with at_rate(self.model):
-                outputs.append(_keras.call(self.model, inputs, training))
+                outputs.append(keras_private.call(self.model, inputs, training))
         return tiling.concatenate(outputs)
 
     def _at_rates(self, num_passes):
@@ -97,7 +98,9 @@ def _relates_rows(model, inputs, training):
         specs = tree.map_structure(
             lambda x: None if x is None else keras.KerasTensor((size, *x.shape[1:]), dtype=x.dtype), inputs
         )
-        return [spec.shape for spec in tree.flatten(_keras.output_spec(model, specs, training)) if spec is not None]
+        return [
+            spec.shape for spec in tree.flatten(keras_private.output_spec(model, specs, training)) if spec is not None
+        ]
 
     try:
         pairs = zip(*map(shapes, BATCH_SIZES))

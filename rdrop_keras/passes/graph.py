@@ -15,7 +15,7 @@ import math
 import keras
 from keras import tree
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 from rdrop_keras.passes import marking, tiling
 from rdrop_keras.passes.marking import Conversion, LayerCall
 
@@ -48,7 +48,7 @@ class PairedGraph:
         self.model = model
         self.share = share
         self._num_slots = 0
-        self._functional = _keras.functional(model)
+        self._functional = keras_private.functional(model)
         if self._functional is None:
             if share not in ("deterministic", "nothing"):
                 raise ValueError(
@@ -103,8 +103,8 @@ class PairedGraph:
             at_rates: One function for each pass, from an operation to the context in which it is called. The passes
                 then run one after another, and batch normalization after the first dropout sees them one by one.
         """
-        once = dict(zip(self._inputs, _keras.standardized(self.model, self._functional, inputs)))
-        with _keras.call_context(self.model, training), _keras.autocast_scope(self.model):
+        once = dict(zip(self._inputs, keras_private.standardized(self.model, self._functional, inputs)))
+        with keras_private.call_context(self.model, training), keras_private.autocast_scope(self.model):
             self._run(self._program, _Tensors(once, 1), training, repeated=False)
             if at_rates is None:
                 return self._run_passes(_Tensors(once, num_passes), training)
@@ -112,22 +112,26 @@ class PairedGraph:
 
     def _run_passes(self, tensors, training, at_rate=contextlib.nullcontext):
         self._run(self._program, tensors, training, repeated=True, at_rate=at_rate)
-        return _keras.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
+        return keras_private.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
 
     def _run(self, program, tensors, training, repeated, at_rate=contextlib.nullcontext):
         """Runs those calls that are repeated, or those that are not."""
         for item in program:
             if isinstance(item, _Nested):
-                with _keras.name_scope(item.model), _keras.autocast_scope(item.model):
+                with keras_private.name_scope(item.model), keras_private.autocast_scope(item.model):
                     self._run(item.calls, tensors, training, repeated, at_rate)
             elif item.repeated == repeated:
                 values = {tensor: tensors.get(slot, repeated) for tensor, slot in item.inputs.items()}
                 if isinstance(item, Conversion):
-                    outputs = [_keras.converted(*values.values(), model=item.operation, reference=item.reference)]
+                    outputs = [
+                        keras_private.converted(*values.values(), model=item.operation, reference=item.reference)
+                    ]
                 else:
                     args, kwargs = item.node.arguments.fill_in(values)
                     with at_rate(item.operation):
-                        outputs = tree.flatten(_keras.operation_fn(item.operation, training=training)(*args, **kwargs))
+                        outputs = tree.flatten(
+                            keras_private.operation_fn(item.operation, training=training)(*args, **kwargs)
+                        )
                 for slot, output in zip(item.outputs, outputs):
                     tensors.put(slot, output, repeated)
 
@@ -139,7 +143,7 @@ class PairedGraph:
         """The program of `functional`, whose inputs are the slots `inputs`, and the slots of its outputs."""
         slots = {id(tensor): slot for tensor, slot in zip(functional.inputs, inputs)}
         program = []
-        for node in _keras.nodes(functional):
+        for node in keras_private.nodes(functional):
             if any(id(tensor) not in slots for tensor in node.input_tensors):
                 continue  # As Keras does: the node belongs to another model.
             name = prefix + node.operation.name
@@ -196,10 +200,10 @@ def _flat(program):
 def _nested_call(node):
     """The Functional model that `node` calls, with the tensors and masks it gives it; three Nones if there is none."""
     args, kwargs = node.arguments.args, node.arguments.kwargs
-    functional = _keras.functional(node.operation) if isinstance(node.operation, keras.Model) else None
+    functional = keras_private.functional(node.operation) if isinstance(node.operation, keras.Model) else None
     if functional is None or len(args) != 1 or set(kwargs) - {"mask", "training"}:
         return None, None, None
-    tensors = _keras.reference_order(functional, args[0])
+    tensors = keras_private.reference_order(functional, args[0])
     masks = [None] * len(tensors) if kwargs.get("mask") is None else tree.flatten(kwargs["mask"])
     fits = len(tensors) == len(masks) == len(functional.inputs) and all(
         source is None or isinstance(source, keras.KerasTensor) for source in (*tensors, *masks)

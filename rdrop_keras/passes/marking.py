@@ -9,7 +9,7 @@ import difflib
 import keras
 from keras import tree
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 from rdrop_keras.passes import randomness
 
 # The batch sizes at which shapes are computed. An axis that follows both is the batch.
@@ -74,7 +74,7 @@ def up_to(share, calls):
     if share in paths:
         paths = [share]
     if len(paths) != 1:
-        inside = [s.name for s in named if any(share == layer.name for layer in _keras.all_layers(s.operation))]
+        inside = [s.name for s in named if any(share == layer.name for layer in keras_private.all_layers(s.operation))]
         short = {name.rpartition("/")[2]: name for name in names}
         short.update({"deterministic": "deterministic", "nothing": "nothing"})
         close = [short[name] for name in difflib.get_close_matches(share.rpartition("/")[2], short, n=5)]

@@ -11,15 +11,13 @@ Comes in: a model, a layer or an operation. Goes out: which layers are random, a
 the other modules of `passes`, and `with_dropout`.
 """
 
-import contextlib
 import functools
 import numbers
 import re
 
 import keras
 
-from rdrop_keras.keras_gaps import _keras
-from rdrop_keras.passes import rates
+from rdrop_keras import keras_private
 
 # Layers and operations of Keras that run code from elsewhere.
 _FOREIGN = (
@@ -32,8 +30,8 @@ _HARMLESS = ("__init__", "build", "compute_output_shape", "from_config", "get_bu
 _NOT_CALLED = re.compile("_(initializer|regularizer|constraint)$")
 # The names under which Keras and KerasHub keep the strength of a layer's randomness. A random layer without one is
 # always random.
-_DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
-_RATES = (*_DROPOUT_RATES, "stddev")
+DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob")
+_RATES = (*DROPOUT_RATES, "stddev")
 # Layers of Keras that draw one number for all rows of a batch.
 _ONCE_A_BATCH = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomCrop", "RandomElasticTransform")
 # Known by name, since some draw from Keras's global seed and some make a seed only for a rate above 0.
@@ -52,10 +50,10 @@ def classify(model):
         Models are never `opaque`, since their `call` usually only connects layers.
     """
     active, inactive, opaque = [], [], []
-    for layer in _keras.all_layers(model):
-        own_rates = _rates(layer)
+    for layer in keras_private.all_layers(model):
+        own_rates = rates_of(layer)
         declared = getattr(layer, "rdrop_stochastic", None)
-        if declared or _keras.has_seed(layer) or (own_rates and _DROPOUT.search(type(layer).__name__)):
+        if declared or keras_private.has_seed(layer) or (own_rates and _DROPOUT.search(type(layer).__name__)):
             if own_rates and not any(own_rates.values()) and not declared:
                 inactive.append((layer, own_rates))
             else:
@@ -72,29 +70,29 @@ def why_stochastic(operation):
     active, _, opaque = classify(operation)
     if active:
         layer = active[0]
-        above = [f"{name}={rate:g}" for name, rate in _rates(layer).items() if rate]
+        above = [f"{name}={rate:g}" for name, rate in rates_of(layer).items() if rate]
         where = [] if layer is operation else ["holds"]
         return " ".join(["random:", *where, type(layer).__name__, *above])
-    layers = _keras.all_layers(operation)
-    operations = [other for layer in layers for other in _keras.operations(layer)]
+    layers = keras_private.all_layers(operation)
+    operations = [other for layer in layers for other in keras_private.operations(layer)]
     opaque += [other for other in layers + operations if not _is_vouched(other)]
     if opaque:
         return f"may be random: {type(opaque[0]).__name__} declares no rdrop_stochastic"
     for layer in layers:
         exact = type(layer).__name__ in _EXACT_STATE or _is_stateful(layer) or _is_declared(layer)
-        if _keras.has_state(layer) and not exact:
+        if keras_private.has_state(layer) and not exact:
             return f"may keep state: {type(layer).__name__} has non-trainable variables"
     return None
 
 
 def treats_rows_alike(operation):
     """Whether `operation` is known to compute each row of its outputs from the same row of its inputs."""
-    return isinstance(operation, keras.Layer) and all(map(_is_vouched, _keras.all_layers(operation)))
+    return isinstance(operation, keras.Layer) and all(map(_is_vouched, keras_private.all_layers(operation)))
 
 
 def drawing_once_a_batch(operation):
     """The first layer in `operation` that draws the same numbers for all rows of a batch, or None."""
-    for layer in _keras.all_layers(operation):
+    for layer in keras_private.all_layers(operation):
         noise_shape = getattr(layer, "noise_shape", None)
         if type(layer).__name__ in _ONCE_A_BATCH or (noise_shape is not None and tuple(noise_shape)[:1] == (1,)):
             return layer
@@ -103,75 +101,13 @@ def drawing_once_a_batch(operation):
 
 def check_stateless(operation):
     """Raises if `operation`, which is to run for every pass, holds a recurrent layer with a state for each row."""
-    layer = next((layer for layer in _keras.all_layers(operation) if _is_stateful(layer)), None)
+    layer = next((layer for layer in keras_private.all_layers(operation) if _is_stateful(layer)), None)
     if layer is not None:
         raise ValueError(
             "A recurrent layer with `stateful=True` keeps a state for each row of the batch, and cannot keep one for "
             "each pass. Put it before the first dropout, name it by `share`, or make it with `stateful=False`. "
             f"Received: {layer.name!r} ({type(layer).__name__})."
         )
-
-
-class Rates:
-    """The rates of the layers of `model` at the time this object was made."""
-
-    def __init__(self, model):
-        self._rates = [
-            (layer, name, rate) for layer in _keras.all_layers(model) for name, rate in _rates(layer).items()
-        ]
-
-    def hold(self):
-        """Whether they are still the same."""
-        return all(getattr(layer, name) == rate for layer, name, rate in self._rates)
-
-
-class DropoutRates:
-    """Runs layers of `model` at another dropout rate, for the passes of a step (section 4.4 of the paper).
-
-    All rates above 0 are replaced, those of attention and recurrent dropout too. Layers at 0 stay at 0. Afterwards the
-    rates are again what they were when this object was made, whatever another thread does in between.
-
-    Raises:
-        ValueError: If no layer of `model` has a dropout rate above 0.
-    """
-
-    def __init__(self, model):
-        strategy = _keras.strategy_of(model)
-        self._num_replicas = 1 if strategy is None else strategy.num_replicas_in_sync
-        self._own = {
-            layer: {name: rate for name, rate in _rates(layer).items() if rate and name in _DROPOUT_RATES}
-            for layer in classify(model)[0]
-        }
-        if not any(self._own.values()):
-            raise ValueError(
-                "`dropout_rates` needs a dropout layer with a rate above 0, which it replaces. "
-                f"Received: model={model.name!r}, which has none."
-            )
-
-    @contextlib.contextmanager
-    def at(self, rate, operation):
-        """Within it, the dropout layers in `operation` are at `rate`.
-
-        Raises:
-            ValueError: On several replicas of tf.distribute that wait for each other inside `operation`.
-        """
-        layers = _keras.all_layers(operation)
-        own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
-        normalizer = next((layer for layer in layers if getattr(layer, "synchronized", False)), None)
-        if own and normalizer is not None and self._num_replicas > 1:
-            # Replicas are traced in threads that take turns where they wait. The others would run at this pass's rate.
-            raise ValueError(
-                "On several replicas, `dropout_rates` cannot act on a layer or model that holds both dropout and "
-                "synchronized batch normalization. Make it of Functional models, or give `synchronized=False`. "
-                f"Received: {operation.name!r} with {normalizer.name!r}."
-            )
-        try:
-            for layer, name, _ in own:
-                setattr(layer, name, rate)
-            yield
-        finally:
-            for layer, name, value in own:
-                setattr(layer, name, value)
 
 
 def check_stochastic(model):
@@ -182,9 +118,9 @@ def check_stochastic(model):
             of a model in it, is the user's own, since it may draw random numbers by itself.
     """
     active, inactive, opaque = classify(model)
-    if opaque or (active and _keras.takes_training(model)):
+    if opaque or (active and keras_private.takes_training(model)):
         return
-    if not active and not inactive and not all(map(_is_vouched, _keras.all_layers(model))):
+    if not active and not inactive and not all(map(_is_vouched, keras_private.all_layers(model))):
         return
     if active:
         raise ValueError(
@@ -192,20 +128,16 @@ def check_stochastic(model):
             "the passes of R-Drop would be identical. Write `def call(self, inputs, training=None)`. "
             f"Received: model={model.name!r} with {_listed((layer, {}) for layer in active)}."
         )
-    remedy = (
-        "`rdrop_keras.with_dropout(model, 0.1)` is the same model with a dropout rate above 0, which pretrained "
-        "configurations often lack"
-        if rates.kind(model)
-        else "Insert a `keras.layers.Dropout`, for example before the last layer"
-    )
     raise ValueError(
         "R-Drop needs a layer that is random in training, else all passes are identical. "
-        f"{remedy}; or train with `alpha=0`. "
+        "Where rates are 0, as in many pretrained configurations, `rdrop_keras.with_dropout(model, 0.1)` raises them. "
+        "Elsewhere insert a `keras.layers.Dropout`, for example before the last layer. Or train with `alpha=0`. "
         f"Received: model={model.name!r}, whose dropout layers are: {_listed(inactive) or 'none'}."
     )
 
 
-def _rates(layer):
+def rates_of(layer):
+    """`{name: rate}`: how strong the randomness of `layer` is, by the names under which Keras keeps it."""
     attributes = vars(layer)
     return {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
 
@@ -229,7 +161,7 @@ def _is_known(operation):
     for cls in type(operation).__mro__:
         if cls is keras.Layer or cls is keras.Operation:
             break
-        if not _keras.is_from_known(cls.__module__):
+        if not keras_private.is_from_known(cls.__module__):
             defined = [name for name, value in vars(cls).items() if _is_code(value) and name not in _HARMLESS]
             if defined:
                 return False
@@ -247,7 +179,7 @@ def _is_foreign_callable(attribute):
         value = value.func
     if not callable(value) or isinstance(value, (type, keras.Layer)) or _NOT_CALLED.search(name):
         return False
-    return not _keras.is_from_known(getattr(value, "__module__", None) or type(value).__module__)
+    return not keras_private.is_from_known(getattr(value, "__module__", None) or type(value).__module__)
 
 
 def _listed(layers):

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import keras
 
-from rdrop_keras.keras_gaps.wrapper import unwrapped
 from rdrop_keras.passes import check_share
 from rdrop_keras.passes.graph import PairedGraph, num_parameters
 from rdrop_keras.passes.randomness import classify
+from rdrop_keras.wrapper.wrapper_model import unwrapped
 
 
 class Call(NamedTuple):

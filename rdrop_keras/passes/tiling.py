@@ -11,7 +11,7 @@ Called by: the paired graph, `Passes`, the objective and `monitor`.
 import keras
 from keras import ops, tree
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 
 
 def tile(tensors, num_passes):
@@ -34,7 +34,7 @@ def concatenate(passes):
     def join(tensors):
         if tensors[0] is None or len(tensors[0].shape) == 0:
             return tensors[0]
-        return _keras.copy_annotations(tensors, _joined(tensors), _joined)
+        return keras_private.copy_annotations(tensors, _joined(tensors), _joined)
 
     flat = [tree.flatten(tensors) for tensors in passes]
     return tree.pack_sequence_as(passes[0], [join(list(tensors)) for tensors in zip(*flat)])
@@ -56,7 +56,7 @@ def split(tensors, num_passes):
         if tensor is None or not has_rows(tensor, num_passes):
             return [tensor] * num_passes
         return [
-            _keras.copy_annotations([tensor], part, lambda attached, i=i: parts(attached[0])[i])
+            keras_private.copy_annotations([tensor], part, lambda attached, i=i: parts(attached[0])[i])
             for i, part in enumerate(parts(tensor))
         ]
 

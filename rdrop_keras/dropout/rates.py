@@ -12,7 +12,7 @@ import numbers
 import re
 import warnings
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 
 # The names of dropout rates in Keras, KerasHub and timm.
 _DROPOUT = re.compile(r"dropout|(^|_)drop(_rate|_prob|_p)?$")
@@ -40,7 +40,7 @@ def kind(model):
 
 def parts(model):
     """The layers whose configurations make up that of `model`: those in its graph, or `model` itself."""
-    if not _keras.is_plain_graph(model):
+    if not keras_private.is_plain_graph(model):
         return [model]
     return [part for layer in model.layers for part in parts(layer)]
 

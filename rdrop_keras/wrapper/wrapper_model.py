@@ -13,7 +13,8 @@ from typing import Any, Self, TypeVar
 import keras
 import numpy as np
 
-from rdrop_keras.keras_gaps import _keras, checkpoints, multi_worker, preprocessing, random_state, replicas, step
+from rdrop_keras import keras_private
+from rdrop_keras.wrapper import checkpoints, multi_worker, preprocessing, random_state, replicas, step
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -59,7 +60,7 @@ class WrapperModel(keras.Model):
 
     Example:
 
-    >>> from rdrop_keras.keras_gaps.wrapper import WrapperModel
+    >>> from rdrop_keras.wrapper.wrapper_model import WrapperModel
     >>> class NoisyInputs(WrapperModel):
     ...     \"\"\"Trains a model on inputs with noise.\"\"\"
     ...
@@ -95,7 +96,7 @@ class WrapperModel(keras.Model):
         self._kind = None  # Of the step under way.
         # As it is, a model draws nothing that it would not draw alone.
         self._torch_seed = None if as_is else random_state.torch_seed(started=not begins_as_is)
-        _keras.take_training_argument_as(self, model)
+        keras_private.take_training_argument_as(self, model)
 
     # What subclasses override.
 
@@ -111,7 +112,7 @@ class WrapperModel(keras.Model):
 
     def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
         """The outputs of a training step."""
-        return _keras.call(self.model, inputs, training)
+        return keras_private.call(self.model, inputs, training)
 
     def make_loss(self, loss: Any, loss_weights: Any) -> Any:
         """A compiled loss in place of the one that Keras makes of these; None for Keras's."""
@@ -140,9 +141,9 @@ class WrapperModel(keras.Model):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         current = step.current()
         if current is None:
-            return _keras.call(self.model, inputs, training)
+            return keras_private.call(self.model, inputs, training)
         if current.kind == step.AS_IS:
-            return _keras.call_as_trained(self.model, inputs, training)
+            return keras_private.call_as_trained(self.model, inputs, training)
         return self.call_in_training(inputs, training, current.kind)
 
     @property
@@ -184,7 +185,7 @@ class WrapperModel(keras.Model):
             self.compiled = False
             raise
         if made is not None:
-            _keras.set_compiled_loss(self, made)
+            keras_private.set_compiled_loss(self, made)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
@@ -235,19 +236,21 @@ class WrapperModel(keras.Model):
         def specification():
             return data_batch if iterator is None else multi_worker.batch_specification(iterator)
 
-        if _keras.strategy_of(self) is not None:
+        if keras_private.strategy_of(self) is not None:
             super()._maybe_symbolic_build(data_batch=specification())
         elif self.built and not self.run_eagerly:
             # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
             # every step anew in which variables were made. What fails here is left to that trace, which tells why.
             with contextlib.suppress(Exception):
-                if _keras.has_metrics(self):
+                if keras_private.has_metrics(self):
                     self._symbolic_build(data_batch=specification())
                 elif not self.optimizer.built:  # A compiled loss has no variables.
                     self.optimizer.build(self.trainable_variables)
 
     def _make_function(self, step_function, **kwargs):
-        return multi_worker.with_local_logs(super()._make_function(step_function, **kwargs), _keras.strategy_of(self))
+        return multi_worker.with_local_logs(
+            super()._make_function(step_function, **kwargs), keras_private.strategy_of(self)
+        )
 
     @property
     def distribute_strategy(self) -> Any:
@@ -356,7 +359,7 @@ def check_unwrapped(model):
     """Raises if `model` is no `keras.Model`, or is or holds a wrapper."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
-    inner = next((layer for layer in _keras.all_layers(model) if isinstance(layer, WrapperModel)), None)
+    inner = next((layer for layer in keras_private.all_layers(model) if isinstance(layer, WrapperModel)), None)
     if inner is not None:
         raise ValueError(
             f"`model` is or holds an {type(inner).__name__}: use the model inside that, its `.model`. "
@@ -377,7 +380,7 @@ def _check_model(model, wrapper):
 
 
 def _check_strategy(model, wrapper):
-    own, others = _keras.strategy_of(model), _keras.strategy_of(wrapper)
+    own, others = keras_private.strategy_of(model), keras_private.strategy_of(wrapper)
     if own is not others:
         described = ["no strategy" if strategy is None else type(strategy).__name__ for strategy in (own, others)]
         cls = type(wrapper).__name__

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 import keras
 
-from rdrop_keras.keras_gaps import _keras, copied_state, copies
-from rdrop_keras.keras_gaps.arguments import is_number
-from rdrop_keras.keras_gaps.wrapper import check_unwrapped
-from rdrop_keras.passes import randomness, rates
+from rdrop_keras import keras_private
+from rdrop_keras.arguments import is_number
+from rdrop_keras.dropout import copied_state, copies, rates
+from rdrop_keras.passes import randomness
+from rdrop_keras.wrapper.wrapper_model import check_unwrapped
 
 ModelT = TypeVar("ModelT", bound=keras.Model)
 
@@ -83,7 +84,7 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
 
         return rates.with_rates(rates.configuration(layer), new_rate, type(layer).__name__)
 
-    with _keras.strategy_scope(model):
+    with keras_private.strategy_scope(model):
         new = copies.Copier(new_config, "make it with the rate that you want in its constructor").copy(model)
         if not new.built:
             new.build_from_config(model.get_build_config())

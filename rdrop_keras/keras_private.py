@@ -1,15 +1,14 @@
 """Every Keras name the package uses that Keras does not make public.
 
-Each was read in Keras 3.14.0 and 3.15.1, and `check_private_names`, run at import, raises if one is gone. Nothing else
-in the package imports `keras.src` or touches an underscored attribute of Keras, except the overrides in `wrapper.py`
-and what `multi_worker.py` reads, which say so and are in the list too.
+Each was read in Keras 3.14.0 and 3.15.1; `tests/test_keras_private.py` lists them and fails if one is gone. Nothing
+else in the package imports `keras.src` or reads an underscored attribute of Keras, except the overrides in `wrapper`
+and the loss in `objective.py`, which say so.
 
 Comes in: Keras's models, layers and tensors. Goes out: what Keras knows of them and does not show. Called by: the
 whole package.
 """
 
 import contextlib
-import inspect
 
 import keras
 from keras.src.backend import AutocastScope, compute_output_spec, get_keras_mask, is_float_dtype, set_keras_mask
@@ -330,66 +329,3 @@ def copy_annotations(sources, target, function):
     if all(logit is not None for logit in logits):
         target._keras_logits = function(logits)
     return target
-
-
-# What the package reads or overrides, by the class that has it.
-_PRIVATE_NAMES = {
-    keras.Layer: (
-        "_call_has_training_arg",
-        "_convert_input_args",
-        "_flatten_layers",
-        "_get_call_context",
-        "_layers",
-        "_maybe_reset_call_context",
-        "_non_trainable_variables",
-        "_open_name_scope",
-        "_seed_generators",
-        "_trainable",
-        "_trainable_variables",
-    ),
-    keras.Model: ("_aggregate_additional_loss", "_assert_input_compatibility", "_compile_loss", "_compile_metrics"),
-    keras.Sequential: ("_functional",),
-    Functional: (
-        "_inputs_struct",
-        "_nodes_by_depth",
-        "_outputs_struct",
-        "_run_through_graph",
-        "_standardize_inputs",
-    ),
-    keras.Operation: ("_inbound_nodes", "_outbound_nodes"),
-    CompileLoss: ("_flat_losses", "_user_loss_weights"),
-}
-if keras.backend.backend() == "tensorflow":
-    from keras.src.backend.tensorflow.trainer import TFEpochIterator
-
-    _PRIVATE_NAMES[keras.Model] += (
-        "_distribute_strategy",
-        "_make_function",
-        "_maybe_symbolic_build",
-        "_symbolic_build",
-    )
-    _PRIVATE_NAMES[TFEpochIterator] = ("_distributed_dataset",)
-
-
-def check_private_names(names=None):
-    """Raises an ImportError that lists the private names that Keras no longer has."""
-    names = _PRIVATE_NAMES if names is None else names
-    gone = [f"{owner.__name__}.{name}" for owner in names for name in names[owner] if not _has(owner, name)]
-    if gone:
-        raise ImportError(
-            f"rdrop_keras needs names that Keras {keras.__version__} has no more: {', '.join(gone)}. Install a version "
-            "of Keras with which it is tested: pip install 'keras>=3.14,<3.16'."
-        )
-
-
-def _has(owner, name):
-    """Whether a class has an attribute, or one of its methods, inherited or not, touches one of that name."""
-    if hasattr(owner, name):
-        return True
-    functions = [value for cls in owner.__mro__ for value in vars(cls).values()]
-    functions = [value.fget if isinstance(value, property) else value for value in functions]
-    codes = [inspect.unwrap(value).__code__ for value in functions if inspect.isfunction(value)]
-    return any(name in code.co_names for code in codes)
-
-
-check_private_names()

@@ -11,7 +11,7 @@ import types
 
 import keras
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 
 
 class Copier:
@@ -32,8 +32,8 @@ class Copier:
         """The copy of `operation`, a model, layer or `keras.Operation`."""
         if id(operation) not in self._copies:
             if not isinstance(operation, keras.Layer):
-                copy = _keras.copied_operation(operation)
-            elif _keras.is_plain_graph(operation):
+                copy = keras_private.copied_operation(operation)
+            elif keras_private.is_plain_graph(operation):
                 copy = self._of_graph(operation)
                 if (
                     operation.dtype_policy.quantization_mode is None
@@ -47,10 +47,10 @@ class Copier:
 
     def _of_graph(self, model):
         if isinstance(model, keras.Sequential):
-            inputs = [self.copy(layer) for layer in _keras.input_layers(model)]
+            inputs = [self.copy(layer) for layer in keras_private.input_layers(model)]
             return type(model)([*inputs, *map(self.copy, model.layers)], name=model.name)
-        inputs = keras.tree.map_structure(lambda layer: self.copy(layer).output, _keras.input_layers(model))
-        return type(model)(inputs, _keras.run_graph(model, inputs, self.copy), name=model.name)
+        inputs = keras.tree.map_structure(lambda layer: self.copy(layer).output, keras_private.input_layers(model))
+        return type(model)(inputs, keras_private.run_graph(model, inputs, self.copy), name=model.name)
 
     def _of_configuration(self, layer):
         cls = type(layer)
@@ -76,7 +76,7 @@ def _own_functions(layer, config):
     own = {}
     for name in config:
         value = vars(layer).get(name, vars(layer).get(f"_{name}"))
-        if isinstance(value, types.FunctionType) and not _keras.is_from_known(value.__module__):
+        if isinstance(value, types.FunctionType) and not keras_private.is_from_known(value.__module__):
             own[name] = value
     return own
 
@@ -84,10 +84,10 @@ def _own_functions(layer, config):
 def _own_objects(layer):
     """What is the user's in `layer` and is looked up by name: classes of layers, functions, initializers."""
     own = {}
-    for inner in _keras.all_layers(layer):
+    for inner in keras_private.all_layers(layer):
         for value in (inner, *vars(inner).values()):
             if isinstance(value, types.FunctionType) or hasattr(value, "get_config"):
                 named = value if isinstance(value, (type, types.FunctionType)) else type(value)
-                if not _keras.is_from_known(named.__module__):
+                if not keras_private.is_from_known(named.__module__):
                     own[named.__name__] = named
     return own

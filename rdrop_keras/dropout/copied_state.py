@@ -11,7 +11,7 @@ import collections
 import re
 import tempfile
 
-from rdrop_keras.keras_gaps import _keras
+from rdrop_keras import keras_private
 
 
 def copy_state(source, target):
@@ -25,9 +25,9 @@ def copy_state(source, target):
     for old, new in pairs:
         _copy_layer(old, new)
     for old, new in pairs:
-        with_lora = _keras.lora_layers(old)
+        with_lora = keras_private.lora_layers(old)
         if with_lora:
-            _keras.set_lora_layers(new, [pairs.of(layer) for layer in with_lora])
+            keras_private.set_lora_layers(new, [pairs.of(layer) for layer in with_lora])
 
 
 class _Pairs:
@@ -69,12 +69,12 @@ class _Pairs:
 
 def _groups(old, new, belongs):
     """Pairs of lists of those layers in `old` and `new` that `belong`. The k-th layers of a pair are counterparts."""
-    both = [[layer for layer in _keras.children(parent) if belongs(layer)] for parent in (old, new)]
+    both = [[layer for layer in keras_private.children(parent) if belongs(layer)] for parent in (old, new)]
     names = [[layer.name for layer in layers] for layers in both]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
         by_name = {layer.name: layer for layer in both[1]}
         return [([layer], [by_name[layer.name]]) for layer in both[0]]
-    if not _keras.operations(old):
+    if not keras_private.operations(old):
         return [both]
     # In some graphs of KerasHub names begin with the name of the model. Where Keras gives them, they end in a number
     # that counts on from model to model.
@@ -96,10 +96,10 @@ def _copy_layer(old, new):
             new.enable_lora(old.lora_rank)
         new.lora_alpha = old.lora_alpha  # Keras 3.15 loses it if LoRA comes from the configuration.
     for variable, counterpart in _variable_pairs(old, new):
-        _keras.assign(counterpart, variable)
+        keras_private.assign(counterpart, variable)
         if counterpart.trainable != variable.trainable:
             counterpart.trainable = variable.trainable
-    _keras.set_trainable(new, old.trainable)
+    keras_private.set_trainable(new, old.trainable)
     if hasattr(old, "save_assets"):  # Such as vocabularies, which are not variables.
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
@@ -109,7 +109,7 @@ def _copy_layer(old, new):
 
 
 def _variable_pairs(old, new):
-    olds, news = _keras.own_variables(old), _keras.own_variables(new)
+    olds, news = keras_private.own_variables(old), keras_private.own_variables(new)
     names = [[variable.name for variable in variables] for variables in (olds, news)]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
         # Variables that were added later, such as by quantization, come in another order in a layer made with them.
@@ -121,7 +121,7 @@ def _variable_pairs(old, new):
 
 
 def _has_weights(layer):
-    return any(map(_keras.own_variables, _keras.all_layers(layer)))
+    return any(map(keras_private.own_variables, keras_private.all_layers(layer)))
 
 
 def _mismatch(what):

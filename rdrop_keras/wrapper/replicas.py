@@ -14,7 +14,7 @@ import contextlib
 import keras
 from keras import ops, tree
 
-from rdrop_keras.keras_gaps import random_state, step
+from rdrop_keras.wrapper import random_state, step
 
 # Added r times to the seeds of the r-th replica. It is large, so that they do not meet the seeds of other layers.
 _SEED_STRIDE = 1_640_531_527
