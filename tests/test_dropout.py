@@ -548,6 +548,5 @@ def test_error_without_dropout_names_the_remedy(hub):
         with pytest.raises(ValueError, match=f"needs a layer that is random in training.*{remedy}"):
             RDropModel(backbone(hub, name))
     net = keras.Sequential([keras.Input((8,)), layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"needs a layer .*insert a `keras.layers.Dropout`.*layers are: none") as error:
+    with pytest.raises(ValueError, match=r"needs a layer .*insert a `keras.layers.Dropout`.*layers are: none"):
         RDropModel(net)
-    assert "with_dropout" not in str(error.value)
