@@ -14,6 +14,7 @@ import statistics
 import sys
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "tensorflow", "torch")
+DEPTH_OF_A_RUN = 2  # A run has numbers, and lists and objects of them.
 
 
 def provenance(shown=()):
@@ -45,15 +46,33 @@ def hardware():
 
 
 def write(path, content):
-    """Writes `content` as JSON, whole or not at all."""
+    """Writes `content` as JSON, whole or not at all; a run, or what else is no deeper than one, is one line."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(_json(content) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read(path, default):
     """What `write` wrote, or `default` if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def write_runs(path, runs):
+    """Writes `{name: run}`, sorted, with each provenance once; a run refers to its own by number."""
+    sources, lines = [], {}
+    for name, run in sorted(runs.items()):
+        if run["provenance"] not in sources:
+            sources.append(run["provenance"])
+        lines[name] = {**run, "provenance": str(sources.index(run["provenance"]))}
+    write(path, {"provenance": {str(i): source for i, source in enumerate(sources)}, "runs": lines})
+
+
+def read_runs(path):
+    """What `write_runs` wrote, each run with its provenance, or no runs if there is no such file."""
+    content = read(path, {"provenance": {}, "runs": {}})
+    return {
+        name: {**run, "provenance": content["provenance"][run["provenance"]]} for name, run in content["runs"].items()
+    }
 
 
 def mean_and_deviation(values, mean_format, deviation_format=None):
@@ -73,6 +92,21 @@ def free_ports(number):
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def _json(value, indent=""):
+    """`value` as JSON, with the parts of each object that is deeper than a run on lines of their own."""
+    if not isinstance(value, dict) or _depth(value) <= DEPTH_OF_A_RUN:
+        return json.dumps(value, ensure_ascii=False)
+    lines = [
+        f"{indent} {json.dumps(key, ensure_ascii=False)}: {_json(part, indent + ' ')}" for key, part in value.items()
+    ]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _depth(value):
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if parts is None else 1 + max(map(_depth, parts), default=0)
 
 
 def _script():

@@ -10,12 +10,12 @@ learning rate schedule in its budget. The checkpoint with the lowest validation 
    budget 2, on the validation split, with a seed that is not used again;
 4. `main`: all variants, with the same seeds.
 
-Runs are kept in the file of results as they end; the same command goes on where it was stopped.
+Runs are kept in the file of results as they end; the same command goes on where it was stopped. Tables and pictures are
+made by `when_it_pays_report.py`.
 
     python benchmarks/when_it_pays.py --plan                                 # the runs, and what they cost
     python benchmarks/when_it_pays.py --tasks digits-100 digits-400
     python benchmarks/when_it_pays.py --data FOLDER --encoder FOLDER         # all tasks
-    python benchmarks/when_it_pays.py --report docs                          # tables and pictures of what there is
 """
 
 import argparse
@@ -38,11 +38,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from scipy import stats
 
 import measure
-import measured_tasks
 import rdrop_keras
+import tasks
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "when_it_pays.json"
 BUDGETS = (1, 2, 4)
@@ -52,7 +51,7 @@ TURNS = 30  # In which the steps of all variants are timed.
 TARGETS = (0.25, 0.5)  # Of `KLBudget`, as parts of the divergence that plain training reached.
 PLAIN, THROUGHOUT, BUDGET = "plain", "R-Drop", "KLBudget"
 STARTS = {"R-Drop from ½": 0.5, "R-Drop from ¾": 0.75}
-VARIANTS = [PLAIN, THROUGHOUT, *STARTS, *measured_tasks.SHARED, BUDGET]  # As tables list them.
+VARIANTS = [PLAIN, THROUGHOUT, *STARTS, *tasks.SHARED, BUDGET]  # As tables list them.
 
 
 # ## One run
@@ -208,7 +207,7 @@ class Runs:
 
     def __init__(self, path, name, make_task, hidden):
         self.path, self.name, self._make_task, self._hidden = path, name, make_task, hidden
-        self.results = measure.read(path, {})
+        self.results = measure.read_runs(path)
 
     @functools.cached_property
     def task(self):
@@ -219,9 +218,9 @@ class Runs:
         key = " | ".join([self.name, *map(str, key)])
         if key not in self.results:
             result = {**make(self.task), "provenance": measure.provenance(self._hidden)}
-            self.results = measure.read(self.path, {})  # The runs of other tasks have been added since.
+            self.results = measure.read_runs(self.path)  # The runs of other tasks have been added since.
             self.results[key] = result
-            measure.write(self.path, dict(sorted(self.results.items())))
+            measure.write_runs(self.path, self.results)
             print(f"{key}: {summary(result)}", flush=True)
         return self.results[key]
 
@@ -275,7 +274,7 @@ def summary(result):
 def print_plan(results):
     """The runs of each task, and what is there of them with its cost."""
     print(f"{'task':24}{'runs there':>12}{'seconds':>10}{'a run':>8}")
-    for name in measured_tasks.TASKS:
+    for name in tasks.TASKS:
         seconds = [result["seconds"] for key, result in results.items() if "seconds" in result and is_of(key, name)]
         mean = sum(seconds) / len(seconds) if seconds else 0
         print(f"{name:24}{len(seconds):12}{sum(seconds):10.0f}{mean:8.1f}")
@@ -289,203 +288,23 @@ def is_of(key, name):
     return key.split(" | ")[0] == name
 
 
-# ## The report
-LOWER_IS_BETTER = ("test loss", "calibration error", "perplexity")
-
-
-def main_runs(results, name):
-    """`{(variant, budget): {seed: {measure: value}}}` of a task."""
-    runs = {}
-    for key, result in results.items():
-        if is_of(key, name) and key.split(" | ")[1] == "main":
-            _, _, variant, budget, seed = key.split(" | ")
-            values = {**result["test"], "test loss": result["test loss"]}
-            runs.setdefault((variant, int(budget.split()[1])), {})[int(seed.split()[1])] = values
-    return runs
-
-
-def measures_of(runs):
-    """The task's own score first, then the test loss, then the rest."""
-    first, *rest = next(iter(next(iter(runs.values())).values()))
-    return [first, "test loss", *(name for name in rest if name != "test loss")]
-
-
-def paired(runs, variant, budget, measured):
-    """The differences to plain training in the same time, of the seeds that both have."""
-    ours, plain = runs.get((variant, budget), {}), runs.get((PLAIN, budget), {})
-    return [ours[seed][measured] - plain[seed][measured] for seed in sorted(set(ours) & set(plain))]
-
-
-def interval(differences):
-    """The mean and half of the 95 % interval by Student's t; NaN of one difference."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, math.nan
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
-
-
-def verdict(differences, measured):
-    """`"win"` or `"loss"` where the interval leaves 0 out, else `"tie"`."""
-    mean, half = interval(differences)
-    if not abs(mean) > half:
-        return "tie"
-    return "win" if (mean < 0) == (measured in LOWER_IS_BETTER) else "loss"
-
-
-def titles_and_runs(results):
-    for name in measured_tasks.TASKS:
-        runs = main_runs(results, name)
-        complete = {key: seeds for key, seeds in runs.items() if len(seeds) > 1}
-        if complete:
-            yield name, results[f"{name} | pilot"]["title"], complete
-
-
-def divergence_table(results):
-    """The divergence between two sub-models of plain training next to what R-Drop changes."""
-    variant, budget = next(iter(STARTS)), BUDGETS[-1]
-    lines = [
-        "| divergence in plain training | first of 20 epochs | best | last "
-        f"| test loss, {variant}, budget {budget}, in parts of plain training's |",
-        "|---|---|---|---|---|",
-    ]
-    for name, title, runs in titles_and_runs(results):
-        pilot, differences = results[f"{name} | pilot"], paired(runs, variant, budget, "test loss")
-        if differences:
-            losses, divergences = pilot["validation losses"], pilot["divergences"]
-            plain = statistics.fmean(seed["test loss"] for seed in runs[PLAIN, budget].values())
-            cells = [divergences[0], divergences[losses.index(min(losses))], divergences[-1]]
-            change = statistics.fmean(differences) / plain
-            lines.append(f"| {title} | " + " | ".join(f"{cell:.2g}" for cell in cells) + f" | {change:+.2f} |")
-    return lines
-
-
-def tables(results):
-    """The report as Markdown: wins and losses over tasks, then a table for each task."""
-    lines, counts = [], {}
-    for _, _, runs in titles_and_runs(results):
-        score = measures_of(runs)[0]
-        for variant, budget in runs:
-            for measured, what in ((score, "score"), ("test loss", "loss")):
-                if variant != PLAIN and len(paired(runs, variant, budget, measured)) > 1:
-                    kind = verdict(paired(runs, variant, budget, measured), measured)
-                    counts.setdefault((variant, budget, what), []).append(kind)
-    lines += [
-        "| wins–ties–losses over tasks | "
-        + " | ".join(f"{what}, budget {b}" for what in ("score", "loss") for b in BUDGETS)
-        + " |"
-    ]
-    lines += ["|---" * (1 + 2 * len(BUDGETS)) + "|"]
-    for variant in VARIANTS[1:]:
-        cells = []
-        for what, budget in itertools.product(("score", "loss"), BUDGETS):
-            kinds = counts.get((variant, budget, what), [])
-            cells.append("–".join(str(kinds.count(kind)) for kind in ("win", "tie", "loss")) if kinds else "")
-        if any(cells):
-            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    lines += ["", *divergence_table(results)]
-    for name, title, runs in titles_and_runs(results):
-        score, *others = measures_of(runs)[:3]
-        price = results[f"{name} | price"]
-        variants = list(dict.fromkeys(variant for variant, _ in runs))
-        variants.sort(key=VARIANTS.index)
-        seeds = max(map(len, runs.values()))
-        lines += ["", f"### {title[0].upper()}{title[1:]}", ""]
-        alpha = next(r["alpha"] for k, r in results.items() if is_of(k, name) and f"main | {THROUGHOUT} |" in k)
-        plain = next(r for k, r in results.items() if is_of(k, name) and f"main | {PLAIN} |" in k)
-        lines += [
-            f"{seeds} seeds. Plain training: learning rate {plain['learning_rate']:g}, dropout {plain['dropout']:g}, "
-            f"{plain['steps']} steps at budget 1. α = {alpha:g}. "
-            + f"A step costs {price['price'][THROUGHOUT]:.2f} plain ones.",
-            "",
-            f"![{score} and test loss of all variants over the time spent]({picture(name)})",
-            "",
-        ]
-        for measured in (score, *others):
-            digits = 1 if measured == "perplexity" else 3
-            lines += [f"| {measured} | " + " | ".join(f"budget {budget}" for budget in BUDGETS) + " |"]
-            lines += ["|---" * (1 + len(BUDGETS)) + "|"]
-            for variant in variants:
-                cells = []
-                for budget in BUDGETS:
-                    values = [seed[measured] for seed in runs.get((variant, budget), {}).values()]
-                    differences = paired(runs, variant, budget, measured)
-                    if variant == PLAIN and values:
-                        cells.append(measure.mean_and_deviation(values, f".{digits}f"))
-                    elif len(differences) > 1:
-                        mean, half = interval(differences)
-                        marked = {"win": "**", "loss": "*", "tie": ""}[verdict(differences, measured)]
-                        cells.append(f"{marked}{mean:+.{digits}f} ± {half:.{digits}f}{marked}")
-                    else:
-                        cells.append("")
-                lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def picture(name):
-    return f"when-it-pays-{name}.png"
-
-
-def draw(results, folder):
-    """A picture for each task: its score and its test loss over the time spent, of all variants."""
-    from matplotlib.figure import Figure
-
-    for name, title, runs in titles_and_runs(results):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, measured in zip(panels, measures_of(runs)[:2]):
-            for variant in dict.fromkeys(variant for variant, _ in runs):
-                means = [
-                    (budget, statistics.fmean(seed[measured] for seed in runs[variant, budget].values()))
-                    for budget in BUDGETS
-                    if (variant, budget) in runs
-                ]
-                style = {"color": "black", "linewidth": 2} if variant == PLAIN else {"marker": "o", "markersize": 4}
-                axes.plot(*zip(*means), label=variant, **style)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
-            axes.set(xlabel="time, in that of plain training to its best", ylabel=measured)
-            axes.grid(alpha=0.3)
-        panels[0].legend(fontsize="small")
-        figure.suptitle(title)
-        figure.savefig(folder / picture(name), dpi=110)
-
-
-BEGIN, END = "<!-- The results begin. -->\n", "<!-- The results end. -->\n"
-
-
-def report(results, folder):
-    """Puts tables and pictures into the document."""
-    path = folder / "when-it-pays.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    path.write_text(before + BEGIN + "\n" + tables(results) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
-    draw(results, folder)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=measured_tasks.TASKS, default=list(measured_tasks.TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
     parser.add_argument("--data", type=pathlib.Path, metavar="FOLDER", help="see README.md")
     parser.add_argument("--encoder", type=pathlib.Path, metavar="FOLDER", help="of MiniLM, see README.md")
     parser.add_argument("--seeds", type=int, help="at most so many")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--plan", action="store_true", help="say what there is to run, and what it costs")
-    parser.add_argument(
-        "--report", type=pathlib.Path, metavar="FOLDER", help="write the document's tables and pictures"
-    )
     args = parser.parse_args()
     if args.plan:
-        print_plan(measure.read(args.out, {}))
-        return
-    if args.report:
-        report(measure.read(args.out, {}), args.report)
+        print_plan(measure.read_runs(args.out))
         return
     hidden = [(args.data, "FOLDER")] if args.data else []
     hidden += [(args.encoder, "ENCODER")] if args.encoder else []
     runs = []
     for name in args.tasks:
-        make = measured_tasks.TASKS[name]
+        make = tasks.TASKS[name]
         parameters = inspect.signature(make).parameters
         arguments = {"folder": args.data} | ({"encoder": args.encoder} if "encoder" in parameters else {})
         runs.append(Runs(args.out, name, functools.partial(make, **arguments), hidden))

@@ -1,6 +1,5 @@
 """The comparison in the same time: what it runs, that it goes on where it stopped, and what it makes of the results."""
 
-import json
 import math
 import pathlib
 import sys
@@ -10,19 +9,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import measured_tasks
+import measure
+import tasks
 import when_it_pays
+import when_it_pays_report
 from models import mlp
 
-RESULTS = json.loads(when_it_pays.RESULTS.read_text(encoding="utf-8"))
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "when-it-pays.md"
+RESULTS = measure.read_runs(when_it_pays.RESULTS)
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
 def tiny(folder=None):
     """Three classes of points, with weights of rows in training."""
     x = np.random.RandomState(0).normal(size=(60, 4)).astype("float32")
     y = ((x[:, 0] > 0).astype("int32") + (x[:, 2] > 1)).astype("int32")
-    return measured_tasks.Task(
+    return tasks.Task(
         title="points",
         data={
             "train": (x[:20], y[:20], np.linspace(0.5, 1.5, 20, dtype="float32")),
@@ -31,7 +32,7 @@ def tiny(folder=None):
         },
         build=lambda dropout: mlp(rate=dropout),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        score=measured_tasks.accuracy_and_calibration,
+        score=tasks.accuracy_and_calibration,
         batch_size=10,
         pilot_steps=40,
         learning_rates=(0.01,),
@@ -44,7 +45,7 @@ def tiny(folder=None):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs the program with flags on a task of two classes, and returns its results."""
-    monkeypatch.setattr(measured_tasks, "TASKS", {"points": tiny})
+    monkeypatch.setattr(tasks, "TASKS", {"points": tiny})
     monkeypatch.setattr(when_it_pays, "EVALUATIONS", 4)
     monkeypatch.setattr(when_it_pays, "TURNS", 2)
     monkeypatch.setattr(when_it_pays, "BUDGETS", (1, 2))
@@ -53,7 +54,7 @@ def run(tmp_path, monkeypatch):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["when_it_pays.py", "--out", str(out), *map(str, flags)])
         when_it_pays.main()
-        return json.loads(out.read_text(encoding="utf-8"))
+        return measure.read_runs(out)
 
     return run
 
@@ -80,19 +81,34 @@ def test_runs_and_goes_on(run, tmp_path, capsys):
     again = run("--seeds", 2)
     assert {key: again[key] for key in results} == results  # Nothing was made again.
     assert len(again) == len(results) + len(mains)
-    (tmp_path / "when-it-pays.md").write_text("# Title\n\nAfter this.\n\n", encoding="utf-8")
-    run("--report", tmp_path)
-    text = (tmp_path / "when-it-pays.md").read_text(encoding="utf-8")
-    assert text.startswith("# Title") and "### Points" in text and (tmp_path / "when-it-pays-points.png").exists()
-    run("--report", tmp_path)
-    assert (tmp_path / "when-it-pays.md").read_text(encoding="utf-8") == text
+    pages = [tmp_path / name for name in when_it_pays_report.PAGES]
+    for page in pages:
+        page.write_text("# Title\n\nAfter this.\n\n", encoding="utf-8")
+    when_it_pays_report.report(again, tmp_path)
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    assert all(text.startswith("# Title") for text in texts) and (tmp_path / "when-it-pays-points.png").exists()
+    assert "| R-Drop | " in texts[0] and "### Points" in texts[1]
+    when_it_pays_report.report(again, tmp_path)
+    assert [page.read_text(encoding="utf-8") for page in pages] == texts
     capsys.readouterr()
     run("--plan")
     assert f"points {len([key for key in again if 'price' not in key]):>29}" in capsys.readouterr().out
 
 
-def test_document_has_the_results():
-    assert when_it_pays.tables(RESULTS) in DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", when_it_pays_report.PAGES)
+def test_pages_have_the_results(page):
+    assert when_it_pays_report.PAGES[page](RESULTS) in (DOCS / page).read_text(encoding="utf-8")
+
+
+def test_results_have_a_run_a_line_and_each_provenance_once(tmp_path):
+    lines = when_it_pays.RESULTS.read_text(encoding="utf-8").splitlines()
+    sources = {str(run["provenance"]) for run in RESULTS.values()}
+    assert len(lines) == len(RESULTS) + len(sources) + len(["{", "provenance", "}", "runs", "}", "}"])
+    assert sum('"command"' in line for line in lines) == len(sources)
+    copy = tmp_path / "copy.json"
+    measure.write_runs(copy, RESULTS)
+    assert measure.read_runs(copy) == RESULTS
+    assert measure.read_runs(tmp_path / "nothing.json") == {}
 
 
 def test_every_run_has_the_time_of_plain_training():
@@ -109,13 +125,15 @@ def test_learning_rate_ends_with_the_run():
 
 def test_intervals_and_verdicts():
     differences = [-0.3, -0.1, -0.2]
-    mean, half = when_it_pays.interval(differences)
+    mean, half = when_it_pays_report.interval(differences)
     low, high = stats.ttest_1samp(differences, 0).confidence_interval()
     np.testing.assert_allclose([mean - half, mean + half], [low, high])
-    assert when_it_pays.verdict(differences, "test loss") == "tie"
-    assert when_it_pays.verdict([-0.2, -0.21, -0.19], "test loss") == "win"
-    assert when_it_pays.verdict([-0.2, -0.21, -0.19], "accuracy") == "loss"
-    assert math.isnan(when_it_pays.interval([1.0])[1]) and when_it_pays.verdict([1.0], "accuracy") == "tie"
+    assert when_it_pays_report.verdict(differences, "test loss") == "tie"
+    assert when_it_pays_report.verdict([-0.2, -0.21, -0.19], "test loss") == "win"
+    assert when_it_pays_report.verdict([-0.2, -0.21, -0.19], "accuracy") == "loss"
+    assert (
+        math.isnan(when_it_pays_report.interval([1.0])[1]) and when_it_pays_report.verdict([1.0], "accuracy") == "tie"
+    )
 
 
 def test_calibration_error():
@@ -129,14 +147,14 @@ def test_calibration_error():
         chosen = (confidence >= i / 10) & (confidence < (i + 1) / 10)
         if chosen.any():
             expected += chosen.mean() * abs(right[chosen].mean() - confidence[chosen].mean())
-    scores = measured_tasks.accuracy_and_calibration(y, logits)
+    scores = tasks.accuracy_and_calibration(y, logits)
     np.testing.assert_allclose(scores["calibration error"], expected)
     np.testing.assert_allclose(scores["accuracy"], right.mean())
 
 
 @pytest.mark.parametrize("name", ["digits-100", "digits-50-shifted"])
 def test_digits(name):
-    task = measured_tasks.TASKS[name](None)
+    task = tasks.TASKS[name](None)
     x, y, _ = task.data["train"]
     assert len(x) == len(y) == int(name.split("-")[1])
     model = task.build(0.25)
