@@ -6,6 +6,7 @@ not installed. A test of another backend is skipped. Any other skip fails the ru
 
 import ast
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -16,11 +17,9 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ["KERAS_BACKEND"] == "jax":
     # The tests spend most of their time in the compiler. Without optimization and fusion it takes a quarter of it.
-    flags = (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    )
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # XLA ends the process for a flag that it does not know.
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 import keras

@@ -1,8 +1,14 @@
 """What is left when a process is killed, a worker never comes back, or the disk is full: with real processes."""
 
 import errno
+import os
+import pathlib
 import resource
 import signal
+import stat
+import subprocess
+import sys
+import threading
 import time
 
 import keras
@@ -12,6 +18,7 @@ import pytest
 from cluster import Cluster
 from models import mlp, to_numpy
 from rdrop_keras import RDropModel
+from rdrop_keras.wrapper import checkpoints
 
 BACKEND = keras.backend.backend()
 TIMEOUT = 20
@@ -163,3 +170,80 @@ def test_refused_and_other_files_are_keras_s_to_write(tmp_path):
     model.save(tmp_path / "folder", zipped=False)
     assert (tmp_path / "folder").is_dir()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_mode_of_the_file_before(mode, tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_text("before")
+    path.chmod(mode)
+    with checkpoints.replacing(path, ".keras", True, []) as partial:
+        # While it is written, it may be read by no one else than the file before.
+        assert stat.S_IMODE(os.stat(partial).st_mode) == mode
+        pathlib.Path(partial).write_text("after")
+    assert path.read_text() == "after" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_mode_of_a_new_file(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        compiled().save(tmp_path / "model.keras")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "model.keras").stat().st_mode) == 0o640
+
+
+# A process that is in the middle of a save of the file given, until it reads a line or is killed.
+SAVES = """
+import runpy, sys
+with runpy.run_path(sys.argv[1])["replacing"](sys.argv[2], ".keras", True, []) as partial:
+    open(partial, "w").write("of another process")
+    print(partial, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def saving(path):
+    """Such a process, and the path to which it writes."""
+    arguments = [sys.executable, "-c", SAVES, checkpoints.__file__, str(path)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, pathlib.Path(process.stdout.readline().strip())
+
+
+def test_partial_files_of_processes_that_are_gone_are_removed(tmp_path):
+    alive, partial = saving(tmp_path / "model.keras")
+    gone, left_over = saving(tmp_path / "other.keras")
+    gone.kill()
+    gone.communicate()
+    # Of other hosts, whose processes cannot be asked for: one that was written to today, and one that was not.
+    today, yesterday = (tmp_path / f"model.partial-{number}-0123abcd-1.keras" for number in (1, 2))
+    for path in (today, yesterday):
+        path.write_text("")
+    os.utime(yesterday, 2 * (time.time() - 25 * 3600,))
+    assert left_over.exists() and partial.exists()
+    compiled().save(tmp_path / "model.keras")
+    assert set(tmp_path.iterdir()) == {tmp_path / "model.keras", partial, today}
+    alive.communicate("go on")
+    assert alive.returncode == 0
+    assert (tmp_path / "model.keras").read_text() == "of another process"
+
+
+def test_threads_that_save_to_one_path(tmp_path):
+    """Each writes a file of its own, and the last that is whole stays."""
+    path, both = tmp_path / "model.keras", threading.Barrier(2, timeout=60)
+    written = []
+
+    def save(content):
+        with checkpoints.replacing(path, ".keras", True, []) as partial:
+            both.wait()
+            pathlib.Path(partial).write_text(content)
+            both.wait()
+        written.append(content)
+
+    threads = [threading.Thread(target=save, args=(content,)) for content in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(written) == ["first", "second"] and path.read_text() in written
+    assert list(tmp_path.iterdir()) == [path]

@@ -4,14 +4,15 @@ import keras
 import numpy as np
 import pytest
 
-import test_distribution as tests
+import split_batches
 from cluster import Cluster
+from rdrop_keras import KLBudget
 
 pytestmark = pytest.mark.slow
 
 
 def assert_same(result, expected):
-    tests.assert_same((result["history"], [np.array(w, "float32") for w in result["weights"]]), expected)
+    split_batches.assert_same((result["history"], [np.array(w, "float32") for w in result["weights"]]), expected)
 
 
 @pytest.mark.backends("tensorflow")
@@ -28,11 +29,11 @@ def test_multi_worker(workers, replicas, options, tmp_path):
         "tensorflow", workers, "train", tmp_path, replicas=replicas, model=options, rows=rows, batch_size=size
     ) as cluster:
         results = cluster.results()
-    options = {"alpha": tests.KLBudget(**options["budget"])} if "budget" in options else options
-    model = tests.model(**options)
+    options = {"alpha": KLBudget(**options["budget"])} if "budget" in options else options
+    model = split_batches.model(**options)
     best = keras.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True)
-    x, y = tests.X[:rows], tests.Y[:rows]
-    expected = tests.steps(model, True, x, y, batch_size=size, callbacks=[best])
+    x, y = split_batches.X[:rows], split_batches.Y[:rows]
+    expected = split_batches.steps(model, True, x, y, batch_size=size, callbacks=[best])
     for result in results:
         assert_same(result, expected)
         assert result["evaluation"] == pytest.approx(model.evaluate(x, y, verbose=0, return_dict=True), rel=1e-5)
@@ -41,7 +42,7 @@ def test_multi_worker(workers, replicas, options, tmp_path):
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(served.serve(x), results[0]["predictions"], rtol=1e-4, atol=1e-5)
     # What the chief wrote is a checkpoint like any other.
-    custom = {"NoiseOfTheRow": tests.NoiseOfTheRow}
+    custom = {"NoiseOfTheRow": split_batches.NoiseOfTheRow}
     reloaded = keras.models.load_model(tmp_path / "chief.keras", custom_objects=custom)
     expected = model.evaluate(x, y, verbose=0, return_dict=True)
     assert reloaded.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-5)
@@ -53,7 +54,7 @@ def test_multi_worker_with_an_uneven_last_batch(tmp_path):
     with Cluster("tensorflow", 2, "train", tmp_path, rows=21, batch_size=8) as cluster:
         first, second = cluster.results()
     assert first == second
-    (expected, _) = tests.steps(tests.model(), True)
+    (expected, _) = split_batches.steps(split_batches.model(), True)
     assert first["history"]["loss"][0] == pytest.approx(expected["loss"][0], rel=1e-5)
     assert first["history"]["val_loss"] == pytest.approx(expected["val_loss"], rel=2e-2)
 
@@ -67,7 +68,7 @@ def test_processes_of_jax(processes, devices, model_parallel, tmp_path):
         "jax", processes, "train_with_jax", tmp_path, replicas=devices, model_parallel=model_parallel
     ) as cluster:
         results = cluster.results()
-    expected = tests.whole_batches(tests.model())
+    expected = split_batches.whole_batches(split_batches.model())
     for result in results:
         assert result["devices"] == processes * devices
         assert_same(result, expected)

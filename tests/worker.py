@@ -10,8 +10,8 @@ import sys
 
 import keras
 
-from models import mlp
-from rdrop_keras import RDropModel
+from models import mlp, to_numpy
+from rdrop_keras import KLBudget, RDropModel
 
 
 def strategy(replicas=1, timeout=None, to_start=None):
@@ -31,22 +31,22 @@ def strategy(replicas=1, timeout=None, to_start=None):
 
 
 def train(options):
-    """Trains the model of `test_distribution.py` with validation. The chief alone writes checkpoints and exports."""
+    """Trains the model of `split_batches.py` with validation. The chief alone writes checkpoints and exports."""
     scope = strategy(options.get("replicas", 1)).scope()
-    import test_distribution as tests
+    import split_batches
 
     model_options = dict(options.get("model", {}))
     if "budget" in model_options:
-        model_options["alpha"] = tests.KLBudget(**model_options.pop("budget"))
+        model_options["alpha"] = KLBudget(**model_options.pop("budget"))
     with scope:
-        model = tests.model(**model_options)
+        model = split_batches.model(**model_options)
     callbacks = [keras.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True)]
     if options["index"] == 0:
         callbacks.append(keras.callbacks.ModelCheckpoint(pathlib.Path(options["folder"]) / "chief.keras"))
     rows = options["rows"]
-    x, y = tests.X[:rows], tests.Y[:rows]
+    x, y = split_batches.X[:rows], split_batches.Y[:rows]
     size = options["batch_size"]
-    history, weights = tests.steps(model, True, x, y, batch_size=size, callbacks=callbacks)
+    history, weights = split_batches.steps(model, True, x, y, batch_size=size, callbacks=callbacks)
     if options["index"] == 0:
         model.export(f"{options['folder']}/served", verbose=False)
     return {
@@ -63,7 +63,7 @@ def train_with_jax(options):
     keras.distribution.initialize(",".join(addresses), len(addresses), index)
     import numpy as np
 
-    import test_distribution as tests
+    import split_batches
 
     devices = keras.distribution.list_devices()
     if options.get("model_parallel"):
@@ -78,9 +78,11 @@ def train_with_jax(options):
     else:
         distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
     keras.distribution.set_distribution(distribution)
-    model = tests.model(**options.get("model", {}))
+    model = split_batches.model(**options.get("model", {}))
     rows = np.arange(16).reshape(2, len(addresses), -1)[:, index].ravel()
-    history, weights = tests.steps(model, True, tests.X[rows], tests.Y[rows], tests.W[rows], 8 // len(addresses))
+    history, weights = split_batches.steps(
+        model, True, split_batches.X[rows], split_batches.Y[rows], split_batches.W[rows], 8 // len(addresses)
+    )
     return {"history": history, "weights": [w.tolist() for w in weights], "devices": len(devices)}
 
 
@@ -132,11 +134,11 @@ def resume(options):
     scope = contextlib.nullcontext()
     if len(options["addresses"]) > 1:
         scope = strategy(timeout=options.get("timeout"), to_start=options.get("to_start")).scope()
-    import test_distribution as tests
+    import split_batches
 
     keras.utils.set_random_seed(2)
     with scope:
-        model = RDropModel(mlp(rate=0.3), tests.KLBudget(0.01, step=0.5), every=2)
+        model = RDropModel(mlp(rate=0.3), KLBudget(0.01, step=0.5), every=2)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
     folder = pathlib.Path(options["folder"])
@@ -148,12 +150,18 @@ def resume(options):
         else:
             callbacks.append(Fault(fault["epoch"], getattr(signal, fault["signal"])))
     history = model.fit(
-        tests.X[:20], tests.Y[:20], batch_size=4, epochs=5, shuffle=False, verbose=0, callbacks=callbacks
+        split_batches.X[:20],
+        split_batches.Y[:20],
+        batch_size=4,
+        epochs=5,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
     )
     return {
         "epochs": history.epoch,
         "history": history.history,
-        "weights": [tests.to_numpy(variable).tolist() for variable in (*model.variables, *model.optimizer.variables)],
+        "weights": [to_numpy(variable).tolist() for variable in (*model.variables, *model.optimizer.variables)],
     }
 
 
@@ -167,13 +175,15 @@ def train_until_alone(options):
         options["index"],
         heartbeat_timeout_seconds=options["timeout"],
     )
-    import test_distribution as tests
+    import split_batches
 
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     callbacks = []
     if options["index"] == 1:
         callbacks.append(Fault(3, getattr(signal, options["signal"])))
-    tests.model().fit(tests.X[:8], tests.Y[:8], batch_size=4, epochs=100_000, verbose=0, callbacks=callbacks)
+    split_batches.model().fit(
+        split_batches.X[:8], split_batches.Y[:8], batch_size=4, epochs=100_000, verbose=0, callbacks=callbacks
+    )
 
 
 if __name__ == "__main__":

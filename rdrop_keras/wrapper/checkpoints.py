@@ -7,17 +7,25 @@ first. Called by: `save` and `save_weights` of `WrapperModel`.
 import contextlib
 import math
 import os
+import platform
 import re
+import shutil
+import threading
+import time
+import zlib
 
-# About as many bytes HDF5 needs for each array, besides its values.
+# About as many bytes HDF5 needs for a file and for each array in it, besides the values.
 _OVERHEAD = 4096
+# Whether a process elsewhere still writes cannot be asked. A file that it has not touched for a day is left over.
+_LEFT_OVER_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
 def replacing(filepath, suffix, overwrite, variables):
-    """Yields the path to write to. If that succeeds, the file written takes the place of `filepath`.
+    """Yields the path to write to. If that succeeds, the file written takes the place of `filepath`, with its mode.
 
     What is not a local file ending in `suffix`, or what Keras is to ask about or refuse first, is written directly.
+    Files that processes left in the same folder when they were killed in the middle of a save are removed.
 
     Args:
         filepath: Where the file is to be.
@@ -29,15 +37,21 @@ def replacing(filepath, suffix, overwrite, variables):
         OSError: If there is no room for `variables`. HDF5 would notice only while it writes, and may end the process.
     """
     path = os.path.realpath(filepath) if "://" not in str(filepath) else ""
-    if not path.endswith(suffix) or os.path.isdir(path) or (os.path.exists(path) and not overwrite):
+    exists = os.path.exists(path)
+    if not path.endswith(suffix) or os.path.isdir(path) or (exists and not overwrite):
         yield filepath
         return
-    # With the number of the process, so that several that write to one path each write a whole file.
-    partial = f"{path.removesuffix(suffix)}.partial-{os.getpid()}{suffix}"
+    _remove_left_over(os.path.dirname(path))
+    # Several processes, or threads of one, that write to one path each write a whole file of their own.
+    writer = f"{os.getpid()}-{_place()}-{threading.get_native_id()}"
+    partial = f"{path.removesuffix(suffix)}.partial-{writer}{suffix}"
     try:
-        if hasattr(os, "posix_fallocate"):
-            with open(partial, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, sum(map(_size, variables)))
+        # Whoever may not read the file before must not read this one, not even while it is written.
+        with open(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600 if exists else 0o666), "wb") as file:
+            if exists:
+                shutil.copystat(path, partial)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, _OVERHEAD + sum(map(_size, variables)))
         yield partial
         os.replace(partial, path)
     except BaseException:
@@ -50,3 +64,34 @@ def _size(variable):
     """About how many bytes `variable` takes in a file."""
     bits = re.search(r"\d+", variable.dtype)  # "float32", "bfloat16", "float8_e4m3fn"; "bool" has none.
     return math.prod(variable.shape) * (int(bits[0]) if bits else 8) // 8 + _OVERHEAD
+
+
+def _place():
+    """Within what a process is known by its number: a host, and on Linux a container. Eight hexadecimal digits."""
+    try:
+        container = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        container = ""
+    return f"{zlib.crc32(f'{platform.node()} {container}'.encode()):08x}"
+
+
+def _remove_left_over(folder):
+    """Removes from `folder` the partial files of processes that are gone."""
+    with contextlib.suppress(OSError):  # Keras says best what is wrong with a folder.
+        for name in os.listdir(folder):
+            writer = re.search(r"\.partial-(\d+)-([0-9a-f]{8})-\d+\.", name)
+            if writer and _is_left_over(os.path.join(folder, name), int(writer[1]), writer[2]):
+                with contextlib.suppress(OSError):  # Another process may have been faster.
+                    os.remove(os.path.join(folder, name))
+
+
+def _is_left_over(path, process, place):
+    if place != _place() or os.name != "posix":
+        return time.time() - os.stat(path).st_mtime > _LEFT_OVER_SECONDS
+    try:
+        os.kill(process, 0)  # Asks whether there is such a process, and does nothing to it.
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # There is, of another user.
+        pass
+    return False
