@@ -271,7 +271,7 @@ class Budgeted(_Alpha):
         return ops.clip(ops.convert_to_tensor(self.alpha), 0.0, self.given.maximum)
 
     def observe(self, consistency, weight):
-        excess = ops.cast(consistency, "float32") / self.given.target - 1.0
+        excess = ops.cast(ops.stop_gradient(consistency), "float32") / self.given.target - 1.0
         alpha = self.current()
         moved = alpha + self.given.step * excess
         # Steps without weights tell nothing about α. Neither do those whose loss is not finite.

@@ -9,6 +9,7 @@ whole package.
 """
 
 import contextlib
+import sys
 
 import keras
 from keras.src.backend import AutocastScope, compute_output_spec, get_keras_mask, is_float_dtype, set_keras_mask
@@ -16,11 +17,15 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
 
-# The compiled loss. Nothing else knows which target, weight and output belong together.
-from keras.src.trainers.compile_utils import CompileLoss
+# The compiled loss and metrics. Nothing else knows which target, weight and output belong together.
+from keras.src.trainers.compile_utils import CompileLoss, CompileMetrics
+
+# Marks a `build` as one that makes no variables by itself: Keras then builds by a symbolic call.
+from keras.src.utils.python_utils import default
 
 __all__ = [
     "CompileLoss",
+    "CompileMetrics",
     "all_layers",
     "assign",
     "autocast_scope",
@@ -32,14 +37,17 @@ __all__ = [
     "converted",
     "copied_operation",
     "copy_annotations",
+    "default",
     "functional",
     "get_keras_mask",
     "has_metrics",
     "has_seed",
     "has_state",
     "input_layers",
+    "is_built",
     "is_from_known",
     "is_plain_graph",
+    "is_saving_attributes",
     "keras_logits",
     "lora_layers",
     "loss_weights",
@@ -54,6 +62,7 @@ __all__ = [
     "run_graph",
     "scale_loss_for_distribution",
     "set_compiled_loss",
+    "set_compiled_metrics",
     "set_keras_mask",
     "set_lora_layers",
     "set_trainable",
@@ -63,13 +72,17 @@ __all__ = [
     "take_training_argument_as",
     "takes_training",
     "unscale_loss_for_distribution",
-    "value_after",
 ]
 
 
 def all_layers(operation):
     """`operation` and all layers below it; none if it is no layer. Only models have a public `layers`."""
     return list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
+
+
+def is_built(model):
+    """Whether all layers of `model` are built. `Model.built` says so too after a `build` that could not build them."""
+    return all(layer.built for layer in model._flatten_layers())
 
 
 def children(layer):
@@ -136,6 +149,12 @@ def functional(model):
     if unchanged and isinstance(model, Functional) and type(model).call is Functional.call:
         return model
     return None
+
+
+def is_saving_attributes():
+    """Whether the caller's caller is Keras's walk over the attributes of an object that it saves or loads."""
+    frame = sys._getframe(2)
+    return frame.f_code.co_name == "_walk_saveable" and frame.f_globals["__name__"] == "keras.src.saving.saving_lib"
 
 
 def is_plain_graph(layer):
@@ -251,18 +270,6 @@ def call_as_trained(model, inputs, training):
     return model.call(inputs, training=training) if takes_training(model) else model.call(inputs)
 
 
-def value_after(model, variable, result):
-    """What a scalar `variable` of `model` holds after a training function of Keras's that returned `result`.
-
-    On JAX it is in the state that the function returns, until the epoch ends.
-    """
-    if keras.backend.backend() != "jax":
-        return int(keras.ops.convert_to_numpy(variable))
-    _, (_, values, *_) = result
-    position = next(i for i, other in enumerate(model.non_trainable_variables) if other is variable)
-    return int(values[position])
-
-
 def output_spec(model, specs, training):
     """The KerasTensors that `model` returns for inputs like `specs`. It works in the middle of a step too."""
     # In the middle of a step on JAX, the values of variables are held by the program.
@@ -288,6 +295,12 @@ def take_training_argument_as(wrapper, model):
 def set_compiled_loss(model, loss):
     """Replaces the `CompileLoss` of a compiled `model`."""
     model._compile_loss = loss
+
+
+def set_compiled_metrics(model, metrics):
+    """Replaces the `CompileMetrics` of a compiled `model`; None leaves them."""
+    if metrics is not None:
+        vars(model)["_compile_metrics"] = metrics  # Past the tracker, which would list them a second time.
 
 
 def strategy_of(model):

@@ -16,9 +16,10 @@ from keras import ops, tree
 from rdrop_keras import alpha as alphas
 from rdrop_keras import divergences, keras_private
 from rdrop_keras.arguments import check_integer
+from rdrop_keras.first_pass import FirstPassMetrics
 from rdrop_keras.objective import RDropLoss, StepMeans
-from rdrop_keras.passes import Passes, check_dropout_rates, check_share, tiling
-from rdrop_keras.wrapper import step
+from rdrop_keras.passes import Passes, check_dropout_rates, check_share
+from rdrop_keras.wrapper import replicas, step
 from rdrop_keras.wrapper.wrapper_model import WrapperModel
 
 
@@ -139,7 +140,7 @@ class RDropModel(WrapperModel):
         check_dropout_rates(dropout_rates, num_passes)
         check_share(share)
         is_plain = not alphas.is_moving(alpha) and alpha == 0
-        super().__init__(model, name, as_is=is_plain, begins_as_is=start > 0)
+        super().__init__(model, name, as_is=is_plain)
         self.divergence = divergence
         self.num_passes = int(num_passes)
         self.every = int(every)
@@ -149,8 +150,6 @@ class RDropModel(WrapperModel):
         self._alpha = alphas.make(alpha, self)
         self._logs = StepMeans(["task_loss", "consistency_loss"], name="rdrop")
         self._alpha_log = StepMeans(["alpha"], name="rdrop_alpha") if self._alpha.moves else None
-        # Steps made, counted in the program too: of an execution of several steps nothing else tells how many it made.
-        self._step_counter = alphas.add_scalar(self, "num_steps", 0) if start and not is_plain else None
         self._warned_of_no_effect = False
         self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
@@ -162,33 +161,25 @@ class RDropModel(WrapperModel):
     def alpha(self, alpha: float) -> None:
         self._alpha.assign(alpha)
 
-    # The kind of a step is the number of its passes, or `step.AS_IS` before R-Drop starts.
     @property
-    def kinds_of_step(self) -> tuple[Any, ...]:
-        between = [1] if self.every > 1 else []
-        before = [step.AS_IS] if self.start else []
-        return (self.num_passes, *between, *before)
+    def passes_of_steps(self) -> tuple[int, ...]:
+        if self._as_is:
+            return (1,)
+        return (self.num_passes, 1) if self.every > 1 or self.start else (self.num_passes,)
 
-    def kind_of_step(self, number: int) -> Any:
-        if number < self.start:
-            return step.AS_IS
-        return self.num_passes if (number - self.start) % self.every == 0 else 1
+    def described_steps(self) -> str:
+        return f"every={self.every}, start={self.start}"
 
-    def steps_made(self, result: Any) -> int:
-        if self.steps_per_execution == 1 or self._num_steps >= self.start:
-            return self.steps_per_execution
-        return keras_private.value_after(self, self._step_counter, result) - self._num_steps
+    def passes_of_step(self, number: int) -> int:
+        since = number - self.start
+        paired = not self._as_is and since >= 0 and since % self.every == 0
+        return self.num_passes if paired else 1
 
-    def check_steps_per_execution(self) -> None:
-        if self.every > 1 and self.steps_per_execution > 1:
-            raise ValueError(
-                "With `every` above 1 `steps_per_execution` must be 1: plain steps and R-Drop's are two programs, "
-                "between which an execution of several steps cannot choose. "
-                f"Received: every={self.every}, steps_per_execution={self.steps_per_execution}."
-            )
-
-    def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
-        return keras_private.call(self.model, inputs, training) if kind == 1 else self._passes(inputs, kind, training)
+    def call_in_training(self, inputs: Any, training: bool | None) -> Any:
+        made = step.current()
+        if made is None or made.num_passes == 1:
+            return keras_private.call(self.model, inputs, training)
+        return self._passes(inputs, made.num_passes, training)
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes.
@@ -223,25 +214,51 @@ class RDropModel(WrapperModel):
             alpha_log=self._alpha_log,
         )
 
+    def make_metrics(self, metrics: Any, weighted_metrics: Any) -> FirstPassMetrics:
+        return FirstPassMetrics(metrics, weighted_metrics, output_names=getattr(self, "output_names", None))
+
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
         self._check_targets(y)
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        if step.current() is not None:
-            self._alpha.end_step()
-            if self._step_counter is not None:
-                self._step_counter.assign_add(1)
+        made = step.current()
+        if made is not None and not made.loss_made:
+            made.loss_made = True
+            with replicas.after(loss):
+                self._alpha.end_step()
         return loss
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
-        current = step.current()
-        if keras_private.has_metrics(self) and current is not None and current.kind > 1:
-            y_pred = tiling.split(y_pred, current.kind)[0]
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def check_step(self, made: step.Step, error: Exception | None) -> None:
+        if not made.called or made.loss_made:
+            return
+        rows = f"the outputs have the rows of all {made.num_passes} passes"
+        if error is None:
+            raise RuntimeError(
+                f"A training step must take its loss from `self.compute_loss(x, y, y_pred, sample_weight)`: in it "
+                f"{rows}, and the loss is that of R-Drop. Received: a step without it, which would have trained "
+                f"without R-Drop. A `compute_loss` of your own ends in `super().compute_loss(...)`; a loss of your own "
+                "goes to `compile`."
+            )
+        if made.num_passes > 1 and self._has_own_step():
+            raise ValueError(
+                f"A training step of your own failed before its `compute_loss`. In a step of R-Drop {rows}: "
+                "`self.compute_loss(x, y, y_pred, sample_weight)` takes them as they are, and so does "
+                "`self.compute_metrics(x, y, y_pred, sample_weight)`. A loss of your own goes to `compile`; for "
+                "anything else the first pass is `y_pred[:batch_size]`. "
+                f"Received: {type(error).__name__}: {error}"
+            ) from error
+
+    def _has_own_step(self):
+        methods = ("train_step", "compute_loss")
+        own = [getattr(type(self), name) is not getattr(RDropModel, name) for name in methods]
+        return any(own) or any(name in vars(self) for name in methods)
 
     def _check_targets(self, y):
         if y is None and self._passes is not None:
@@ -291,8 +308,6 @@ class RDropModel(WrapperModel):
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(store)
         self._alpha.load(store)
-        if self._step_counter is not None:
-            self._step_counter.assign(self._num_steps)
 
     def get_config(self) -> dict[str, Any]:
         return {

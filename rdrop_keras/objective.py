@@ -109,17 +109,19 @@ class RDropLoss(keras_private.CompileLoss):
             return super().call(y_true, y_pred, sample_weight)
         num_passes = _num_passes()
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
+        if current.loss_made:  # Of a step that computes its loss again, the first is logged and moves α.
+            return task if num_passes == 1 else task + self.alpha.current() / num_passes * consistency
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
         logs = {"task_loss": keras_private.unscale_loss_for_distribution(task)}
         if num_passes == 1:
-            self.logs.update_state(logs, rows)
+            self.logs.record(logs, rows)
             return task
         alpha = self.alpha.current()
         logged = keras_private.unscale_loss_for_distribution(consistency)
-        self.logs.update_state({**logs, "consistency_loss": logged}, rows)
+        self.logs.record({**logs, "consistency_loss": logged}, rows)
         if self.alpha_log is not None:
-            self.alpha_log.update_state({"alpha": alpha}, 1)
+            self.alpha_log.record({"alpha": alpha}, 1)
         self.alpha.observe(replicas.weighed_value(logged), weight)
         return task + alpha / num_passes * consistency
 
@@ -148,8 +150,13 @@ class StepMeans(keras.metrics.Metric):
         self.names = names
         self._sums = self.add_variable(shape=(2 * len(names),), initializer="zeros", name="sums")
 
-    def update_state(self, values, rows):
+    def update_state(self, *args, **kwargs):
+        """Does nothing: the loss records what it has, and loops over all metrics of a model have targets only."""
+
+    def record(self, values, rows):
         """Counts the `values`, `{name: scalar}`, of a step with so many rows."""
+        # On JAX a step of one's own may differentiate around this, and keep no value that depends on the weights.
+        values = {name: ops.stop_gradient(value) for name, value in values.items()}
         sums = [ops.cast(values.get(name, 0.0), self.dtype) for name in self.names]
         counts = [float(name in values) for name in self.names]
         self._sums.assign_add(ops.convert_to_tensor(sums + counts) * ops.cast(rows, self.dtype))
@@ -264,9 +271,9 @@ def _means(values):
 
 
 def _num_passes():
-    """Passes of the step under way; one outside of steps, and in those that are Keras's own."""
+    """Passes of the step under way; one outside of steps."""
     current = step.current()
-    return 1 if current is None or current.kind == step.AS_IS else current.kind
+    return 1 if current is None else current.num_passes
 
 
 class _AsGiven(keras.losses.Loss):

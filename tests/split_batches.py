@@ -26,7 +26,7 @@ class NoiseOfTheRow(layers.Layer):
     def call(self, inputs, training=None):
         if not training:
             return inputs
-        passes = tiling.split(inputs, step.current().kind)
+        passes = tiling.split(inputs, step.current().num_passes)
         return tiling.concatenate([x * (1 + 0.5 * i * ops.cos(7 * x)) for i, x in enumerate(passes)])
 
 

@@ -123,7 +123,7 @@ def test_every_with(options):
 
 def test_every_and_steps_per_execution():
     model = RDropModel(mlp(), every=2)
-    with pytest.raises(ValueError, match=r"`steps_per_execution` must be 1: .*every=2, steps_per_execution=4"):
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be 1: .*every=2, start=0, steps_per_execution=4"):
         model.compile("sgd", LOSS, steps_per_execution=4)
     assert not model.compiled
 

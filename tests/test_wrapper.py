@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models import mlp
-from rdrop_keras.wrapper import wrapper_model
+from rdrop_keras.wrapper import step, wrapper_model
 
 
 def test_docstring_of_the_wrapper():
@@ -19,19 +19,20 @@ def test_docstring_of_the_wrapper():
 
 @keras.saving.register_keras_serializable("tests")
 class Doubled(wrapper_model.WrapperModel):
-    """Another method than R-Drop: it doubles the inputs in every other training step."""
+    """Another method than R-Drop: in every other training step it averages two passes, whose inputs are doubled."""
 
-    kinds_of_step = (2.0, 1.0)
+    passes_of_steps = (2, 1)
 
-    def kind_of_step(self, step):
-        return self.kinds_of_step[step % 2]
+    def passes_of_step(self, number):
+        return self.passes_of_steps[number % 2]
 
-    def call_in_training(self, inputs, training, kind):
-        return self.model(kind * inputs, training=training)
+    def call_in_training(self, inputs, training):
+        num_passes = step.current().num_passes
+        return sum(self.model(num_passes * inputs, training=training) for _ in range(num_passes)) / num_passes
 
 
 def test_another_method(tmp_path):
-    """It has steps of two kinds, evaluates the model inside, and a loaded file continues where it was saved."""
+    """Its steps differ, it evaluates the model inside, and a loaded file continues where it was saved."""
     x, y = np.random.RandomState(0).normal(size=(24, 4)).astype("float32"), np.arange(24) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -53,7 +54,7 @@ def test_another_method(tmp_path):
         other.train_on_batch(batch, y[:8])
     np.testing.assert_allclose(again.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(model.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"With steps of several kinds, `steps_per_execution` must be 1"):
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be 1.*steps of 2 and 1 passes"):
         model.compile("sgd", loss, steps_per_execution=2)
     with pytest.raises(AttributeError, match=r"`model` of this Doubled is fixed"):
         model.model = plain

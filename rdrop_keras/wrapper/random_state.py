@@ -1,8 +1,7 @@
 """The state of a model's random generators, so that training resumed from a file draws the masks it would have drawn.
 
-Keras saves weights and the optimizer, not this. On PyTorch, moreover, its dropout without a seed draws from the
-generator of the process, which is no part of a model; there a step draws from a seed of the wrapper's own, unless it
-is to be as Keras makes it.
+Keras saves weights and the optimizer, not this. On PyTorch, unseeded dropout draws from the generator of the process,
+which no model can save. There the wrapper seeds each step from a variable of its own.
 """
 
 import contextlib
@@ -11,28 +10,17 @@ import warnings
 import keras
 import numpy as np
 
-# The state of a seed that no number was drawn from yet.
-_NOT_STARTED = 0
 
-
-def torch_seed(started=True):
+def torch_seed():
     """A `SeedGenerator` for `drawing_from`, started from PyTorch's generator; None on other backends.
 
-    There layers have generators of their own. If it is not `started` it is when it is first drawn from, and until then
-    PyTorch's generator goes on as without it.
+    There layers have generators of their own.
     """
     if keras.backend.backend() != "torch":
         return None
-    seed = keras.random.SeedGenerator(_NOT_STARTED)
-    if started:
-        _start(seed)
-    return seed
-
-
-def _start(seed):
     import torch
 
-    seed.state.assign([int(torch.randint(1, 2**31, ())), 0])
+    return keras.random.SeedGenerator(int(torch.randint(1, 2**31, ())))
 
 
 @contextlib.contextmanager
@@ -43,8 +31,6 @@ def drawing_from(seed):
         return
     import torch
 
-    if int(seed.state.value.max()) == _NOT_STARTED:
-        _start(seed)
     with _torch_fork():
         # `torch.manual_seed` notes the whole call stack, which a small step would feel.
         manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed

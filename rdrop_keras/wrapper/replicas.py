@@ -20,16 +20,19 @@ from rdrop_keras.wrapper import random_state, step
 _SEED_STRIDE = 1_640_531_527
 
 
-@contextlib.contextmanager
-def training_step(model, data):
-    """Within it, `model` takes a step on `data`, this replica's part of the batch. Does nothing on a single replica."""
+def own_masks(model):
+    """Within it, the random generators of `model` are those of this replica. Does nothing on a single replica."""
     context = _replica_context()
-    if context is None:
-        yield
-        return
-    step.current().share_of_rows = _share_of_rows(context, data)
-    with _own_masks(model, context):
-        yield
+    return contextlib.nullcontext() if context is None else _own_masks(model, context)
+
+
+def row_scale(inputs):
+    """The rows of `inputs`, this replica's part of the batch, as a multiple of the mean over replicas.
+
+    None if all replicas have as many, and on a single replica.
+    """
+    context = _replica_context()
+    return None if context is None else _row_scale(context, inputs)
 
 
 def weigh(loss):
@@ -50,6 +53,18 @@ def weighed_value(value):
     return value if share is None else ops.cast(share, value.dtype) * value
 
 
+def after(tensor):
+    """Within it, what is assigned in a program of TensorFlow waits for `tensor`.
+
+    Otherwise a variable that does not depend on the data counts a step whose data fail.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([tensor])
+
+
 def total(value):
     """The sum of `value` over replicas."""
     context = _replica_context()
@@ -59,7 +74,7 @@ def total(value):
 def _share():
     """The replica's rows in the current step, as a multiple of the mean over replicas; None if all have as many."""
     current = step.current()
-    return None if current is None else current.share_of_rows
+    return None if current is None else current.row_scale
 
 
 def _replica_context():
@@ -72,9 +87,8 @@ def _replica_context():
     return context if context is not None and context.num_replicas_in_sync > 1 else None
 
 
-def _share_of_rows(context, data):
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    tensor = next(leaf for leaf in tree.flatten(x) if leaf is not None)
+def _row_scale(context, inputs):
+    tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
     import tensorflow as tf
 
     # A batch of static size is always full and split evenly. TPUs accept only such batches.

@@ -1,7 +1,7 @@
 """The current training step, for code that Keras calls in the middle of it without telling it our state.
 
-Comes in: the kind of step, from `WrapperModel.train_step`. Goes out: a `Step`, to the model's call, the loss and the
-replicas. Two context variables hold all such state in the package. They are not attributes of the model, since
+Comes in: the number of passes, from `WrapperModel`. Goes out: a `Step`, to the model's call, the loss and the replicas.
+Two context variables hold all such state in the package. They are not attributes of the model, since
 `MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
 
 - `_current`, here: Keras calls `Model.call` and the loss by itself.
@@ -11,11 +11,10 @@ replicas. Two context variables hold all such state in the package. They are not
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-# The kind of a step that is Keras's own and nothing else, down to the random numbers.
-AS_IS = 0
-
-_current = contextvars.ContextVar("rdrop_keras_step", default=None)
+_current: contextvars.ContextVar["Step | None"] = contextvars.ContextVar("rdrop_keras_step", default=None)
 
 
 @dataclasses.dataclass
@@ -23,26 +22,31 @@ class Step:
     """A training step on one replica.
 
     Attributes:
-        kind: What `WrapperModel.kind_of_step` returned for it.
-        share_of_rows: The replica's rows as a multiple of the mean over replicas; None if all have as many.
+        num_passes: How often the rows of the batch stand in the outputs of the model.
+        called: Whether the model has been called.
+        loss_made: Whether the loss has been computed. If a step computes it again, the first is what is logged.
+        row_scale: The replica's rows as a multiple of the mean over replicas; None if all have as many.
         notes: What the parts of the loss leave for the whole.
     """
 
-    kind: object = None
-    share_of_rows: object = None
-    notes: list[object] = dataclasses.field(default_factory=list)
+    num_passes: int = 1
+    called: bool = False
+    loss_made: bool = False
+    row_scale: Any = None
+    notes: list[Any] = dataclasses.field(default_factory=list)
 
 
-def current():
+def current() -> Step | None:
     """The current `Step`; None outside of training steps."""
     return _current.get()
 
 
 @contextlib.contextmanager
-def training(kind=None):
-    """Within it, the current step is of that kind."""
-    token = _current.set(Step(kind))
+def training(num_passes: int = 1) -> Iterator[Step]:
+    """Within it, the current step is one of so many passes."""
+    made = Step(num_passes)
+    token = _current.set(made)
     try:
-        yield
+        yield made
     finally:
         _current.reset(token)

@@ -7,7 +7,8 @@ by: Keras, through `model.RDropModel`.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import keras
@@ -15,6 +16,7 @@ import numpy as np
 
 from rdrop_keras import keras_private
 from rdrop_keras.wrapper import checkpoints, multi_worker, preprocessing, random_state, replicas, step
+from rdrop_keras.wrapper.attributes import ModelAttributes
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -28,29 +30,46 @@ def _as_documented(method: Any) -> Callable[[MethodT], MethodT]:
     return decorator
 
 
-class WrapperModel(keras.Model):
-    """Trains `model`, found again as `.model`; to evaluate, predict, export and when called it is that model.
+def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`train_step`, a method of a `WrapperModel`, as a step of that wrapper: Keras's own, or one that overrides it."""
+
+    @functools.wraps(train_step)
+    def step_of_wrapper(self, *args):
+        if step.current() is not None:  # `super().train_step` in an override.
+            return train_step(self, *args)
+        if self._as_is:
+            with step.training():
+                return train_step(self, *args)
+        with self._in_step(self.passes_of_step(self._num_steps) if self._traced is None else self._traced):
+            if keras.backend.backend() == "jax":
+                return self._with_own_state(train_step, *args)
+            return train_step(self, *args)
+
+    return step_of_wrapper
+
+
+class WrapperModel(ModelAttributes):
+    """Trains `model`, found again as `.model`; in all but training it is that model.
 
     What a subclass may override, all of it about training alone:
 
-    - `call_in_training(inputs, training, kind)`: the outputs that the loss and the metrics get;
-    - `make_loss(loss, loss_weights)`: what takes the place of Keras's compiled loss;
-    - `kinds_of_step`, `kind_of_step(number)` and `check_steps_per_execution()`: kinds, each with a program of its own;
-      one of kind `step.AS_IS` trains just as Keras does;
-    - `steps_made(result)`: how many steps an execution made;
+    - `passes_of_step(number)` and `passes_of_steps`: how often the rows of the batch stand in the outputs of a step;
+    - `call_in_training(inputs, training)`: the outputs that the loss and the metrics get;
+    - `make_loss(loss, loss_weights)` and `make_metrics(metrics, weighted_metrics)`: what takes the place of Keras's
+      compiled loss and metrics;
     - `training_metrics`: metrics that `evaluate` does not report;
-    - `after_fit(history)`;
-    - `save_own_variables` and `load_own_variables`, `get_config` and `from_config`, `fixed`: as it has more of its own.
+    - `check_step(made, error)` and `after_fit(history)`;
+    - `save_own_variables` and `load_own_variables`, `get_config` and `from_config`, `fixed`: extend these where the
+      subclass has state or arguments of its own.
 
-    A KerasHub task takes raw inputs as it does by itself. Files are replaced when the new one is whole, and hold the
-    states of random generators. Replicas of `tf.distribute` draw random numbers of their own, and their rows count
-    alike.
+    A step is one of the wrapper's whatever `train_step` a subclass has. A KerasHub task takes raw inputs as it does by
+    itself. Files are replaced when the new one is whole, and hold the states of random generators. Replicas of
+    `tf.distribute` draw random numbers of their own, and their rows count alike.
 
     Args:
         model: The `keras.Model` to train.
         name: Name of the wrapper.
         as_is: Trains just as Keras does, and overrides nothing.
-        begins_as_is: Does so in its first steps, which are of kind `step.AS_IS`.
 
     Raises:
         TypeError: If `model` is no `keras.Model`.
@@ -68,22 +87,21 @@ class WrapperModel(keras.Model):
     ...         super().__init__(model, name)
     ...         self.noise = keras.layers.GaussianNoise(stddev)
     ...
-    ...     def call_in_training(self, inputs, training, kind):
+    ...     def call_in_training(self, inputs, training):
     ...         return self.model(self.noise(inputs, training=True), training=training)
     >>> model = NoisyInputs(keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), stddev=0.1)
     >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     >>> history = model.fit(np.ones((32, 8)), np.zeros(32), verbose=0)
     """
 
-    model: keras.Model
     train_function: Any
 
-    # Attributes that a model keeps for life.
-    fixed: tuple[str, ...] = ("model",)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "train_step" in vars(cls):
+            setattr(cls, "train_step", _step_of_wrapper(cls.train_step))  # noqa: B010 (a method, for type checkers)
 
-    def __init__(
-        self, model: keras.Model, name: str | None = None, as_is: bool = False, begins_as_is: bool = False
-    ) -> None:
+    def __init__(self, model: keras.Model, name: str | None = None, as_is: bool = False) -> None:
         _check_model(model, type(self).__name__)
         # The model's own policy, for loss scaling; inputs are left to the model to cast.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
@@ -93,24 +111,37 @@ class WrapperModel(keras.Model):
         self._as_is = as_is
         self._evaluating = False
         self._num_steps = 0  # Steps made. No variable: it decides which program runs.
-        self._kind = None  # Of the step under way.
+        self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
         # As it is, a model draws nothing that it would not draw alone.
-        self._torch_seed = None if as_is else random_state.torch_seed(started=not begins_as_is)
+        self._torch_seed = None if as_is else random_state.torch_seed()
         keras_private.take_training_argument_as(self, model)
 
-    # What subclasses override.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "train_step":  # As a subclass's.
+            given = value
+            value = types.MethodType(_step_of_wrapper(lambda self, *args: given(*args)), self)
+        super().__setattr__(name, value)
 
+    # What subclasses override.
     @property
-    def kinds_of_step(self) -> tuple[Any, ...]:
-        """What a step can be; each kind has a program of its own."""
-        return (None,)
+    def passes_of_steps(self) -> tuple[int, ...]:
+        """What `passes_of_step` may return; each has a program of its own."""
+        return (1,)
+
+    def described_steps(self) -> str:
+        """What makes steps differ in their passes, for messages."""
+        return f"steps of {' and '.join(map(str, self.passes_of_steps))} passes"
+
+    def passes_of_step(self, number: int) -> int:
+        """How often the rows of the batch stand in the outputs of the step of that number."""
+        return self.passes_of_steps[0]
 
     @property
     def training_metrics(self) -> Sequence[keras.Metric]:
         """Metrics that `evaluate` does not report."""
         return ()
 
-    def call_in_training(self, inputs: Any, training: bool | None, kind: Any) -> Any:
+    def call_in_training(self, inputs: Any, training: bool | None) -> Any:
         """The outputs of a training step."""
         return keras_private.call(self.model, inputs, training)
 
@@ -118,21 +149,12 @@ class WrapperModel(keras.Model):
         """A compiled loss in place of the one that Keras makes of these; None for Keras's."""
         return None
 
-    def kind_of_step(self, number: int) -> Any:
-        """The kind of the step of that number, one of `kinds_of_step`."""
-        return self.kinds_of_step[0]
+    def make_metrics(self, metrics: Any, weighted_metrics: Any) -> Any:
+        """Compiled metrics in place of those that Keras makes of these; None for Keras's."""
+        return None
 
-    def steps_made(self, result: Any) -> int:
-        """How many steps the execution made whose result, of Keras's `train_function`, that is."""
-        return 1
-
-    def check_steps_per_execution(self) -> None:
-        """Raises if there are several programs and executions of several steps, which cannot choose between them."""
-        if len(self.kinds_of_step) > 1 and self.steps_per_execution > 1:
-            raise ValueError(
-                "With steps of several kinds, `steps_per_execution` must be 1. "
-                f"Received: steps_per_execution={self.steps_per_execution}."
-            )
+    def check_step(self, made: step.Step, error: Exception | None) -> None:
+        """Raises if the step `made` was none of the subclass's; `error` is what it ended with."""
 
     def after_fit(self, history: keras.callbacks.History) -> None:
         """Is called at the end of each `fit`."""
@@ -142,18 +164,12 @@ class WrapperModel(keras.Model):
         current = step.current()
         if current is None:
             return keras_private.call(self.model, inputs, training)
-        if current.kind == step.AS_IS:
+        if self._as_is:
             return keras_private.call_as_trained(self.model, inputs, training)
-        return self.call_in_training(inputs, training, current.kind)
-
-    @property
-    def weights(self) -> list[Any]:
-        # Variables of the wrapper's own are state for Keras's programs and no weights, as random states are.
-        return self.model.weights
-
-    @property
-    def output_names(self) -> list[str]:
-        return self.model.output_names
+        if not current.called:
+            current.called = True
+            current.row_scale = replicas.row_scale(inputs)
+        return self.call_in_training(inputs, training)
 
     @property
     def metrics(self) -> list[keras.Metric]:
@@ -162,30 +178,31 @@ class WrapperModel(keras.Model):
             return metrics
         return [metric for metric in metrics if metric not in self.training_metrics]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.fixed and hasattr(self, name):
-            cls = type(self).__name__
-            made = f"{cls}(other)" if name == "model" else f"{cls}(model.model, {name}=...)"
-            raise AttributeError(
-                f"`{name}` of this {cls} is fixed when it is made. Make a new one and compile it: `{made}`. "
-                "The model inside keeps its weights."
-            )
-        super().__setattr__(name, value)
-
     # Training.
     def compile(
-        self, optimizer: Any = "rmsprop", loss: Any = None, loss_weights: Any = None, *args: Any, **kwargs: Any
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Configures training; see `keras.Model.compile`, whose arguments it takes."""
         made = None if self._as_is else self.make_loss(loss, loss_weights)
-        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        try:
-            self.check_steps_per_execution()
-        except ValueError:
+        super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, *args, **kwargs)
+        if len(self.passes_of_steps) > 1 and self.steps_per_execution > 1:
             self.compiled = False
-            raise
+            raise ValueError(
+                "Where the number of passes differs from step to step, `steps_per_execution` must be 1: each number is "
+                "a program of its own, and an execution of several steps cannot choose between them. "
+                f"Received: {self.described_steps()}, steps_per_execution={self.steps_per_execution}."
+            )
         if made is not None:
             keras_private.set_compiled_loss(self, made)
+        if keras_private.has_metrics(self) and not self._as_is:
+            keras_private.set_compiled_metrics(self, self.make_metrics(metrics, weighted_metrics))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
@@ -194,35 +211,101 @@ class WrapperModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def train_step(self, *args: Any) -> Any:
-        kind = self._kind if self._kind is not None else self.kind_of_step(0)
-        if self._as_is or kind == step.AS_IS:
-            with step.training(step.AS_IS):
-                return super().train_step(*args)
-        of_replica = replicas.training_step(self.model, args[-1])
-        with step.training(kind), random_state.drawing_from(self._torch_seed), of_replica:
-            return super().train_step(*args)
+        return super().train_step(*args)
+
+    train_step = _step_of_wrapper(train_step)
+
+    @contextlib.contextmanager
+    def training_step(self) -> Iterator[int]:
+        """Within it, a loop of one's own makes a training step of this wrapper.
+
+        There `model(x, training=True)` returns the rows of all passes, and `model.compute_loss(x, y, outputs,
+        sample_weight)` is the loss that `fit` minimizes. The model must be compiled with a loss; optimizer and metrics
+        are the loop's own affair. At its end the step is counted. Under `tf.distribute` it belongs into the function
+        of one replica.
+
+        Yields:
+            The number of passes of the step. A function that is compiled, by `tf.function` or `jax.jit`, needs it as
+            an argument that is static if steps of this model differ in it.
+
+        Raises:
+            RuntimeError: If the model is not compiled with a loss.
+        """
+        if self._compile_loss is None:
+            raise RuntimeError(
+                f"`training_step` needs the compiled loss of this {type(self).__name__}: "
+                "`compile(optimizer, loss=...)` first; the optimizer may be one that you do not use."
+            )
+        num_passes = self.passes_of_step(self._num_steps)
+        with step.training(num_passes) if self._as_is else self._in_step(num_passes):
+            yield num_passes
+        self._num_steps += 1
+
+    @contextlib.contextmanager
+    def _in_step(self, num_passes):
+        """Within it, this wrapper makes a step of so many passes."""
+        of_replica = replicas.own_masks(self.model)
+        with step.training(num_passes) as made, random_state.drawing_from(self._torch_seed), of_replica:
+            try:
+                yield
+            except Exception as error:
+                self.check_step(made, error)
+                raise
+            self.check_step(made, None)
+
+    def _with_own_state(self, train_step, state, data):
+        """`train_step(self, state, data)` on JAX, where variables of the wrapper are part of the state.
+
+        Keras's own step hands them to the loss. A step of a subclass often computes the loss without them; what they
+        are then given belongs into the state that it returns.
+        """
+        own = [*keras_private.own_variables(self), *(v for metric in self.training_metrics for v in metric.variables)]
+        own = {id(variable) for variable in own}
+        _, others, _, metrics = state
+        pairs = [*zip(self.non_trainable_variables, others), *zip(self.metrics_variables, metrics)]
+        with keras.StatelessScope([pair for pair in pairs if id(pair[0]) in own]) as scope:
+            before = {id(v): scope.get_current_value(v) for v, _ in pairs if id(v) in own}
+            logs, (trainable, others, optimizer, metrics) = train_step(self, state, data)
+
+        def updated(variables, values):
+            after = [scope.get_current_value(v) if id(v) in own else None for v in variables]
+            return [
+                value if new is None or new is before[id(variable)] else new
+                for variable, new, value in zip(variables, after, values)
+            ]
+
+        others = updated(self.non_trainable_variables, others)
+        metrics = updated(self.metrics_variables, metrics)
+        return logs, (trainable, others, optimizer, metrics)
 
     def make_train_function(self, force: bool = False) -> None:
-        self.check_steps_per_execution()
-        if len(self.kinds_of_step) == 1 or self._as_is:
+        """Makes the programs of training, one for each number of passes."""
+        if self._as_is:
             super().make_train_function(force)
             return
         if self.train_function is not None and not force:
             return
+        own = self.__dict__.get("train_step")
+        given = self.train_step
         functions = {}
-        for kind in self.kinds_of_step:
+        for num_passes in self.passes_of_steps:
             # A function of its own each time: JAX would take the program of an equal one from its cache.
-            self.__dict__["train_step"] = lambda *args: type(self).train_step(self, *args)
+            self.__dict__["train_step"] = lambda *args: given(*args)
             try:
                 super().make_train_function(force=True)
             finally:
                 del self.__dict__["train_step"]
-            functions[kind] = self.train_function
+                if own is not None:
+                    self.__dict__["train_step"] = own
+            functions[num_passes] = self.train_function
 
         def train_function(*args):
-            self._kind = self.kind_of_step(self._num_steps)
-            result = functions[self._kind](*args)
-            self._num_steps += self.steps_made(result)
+            self._traced = self.passes_of_step(self._num_steps)
+            try:
+                result = functions[self._traced](*args)
+            finally:
+                self._traced = None
+            self._num_steps += self.steps_per_execution
             return result
 
         self.train_function = train_function
@@ -238,7 +321,7 @@ class WrapperModel(keras.Model):
 
         if keras_private.strategy_of(self) is not None:
             super()._maybe_symbolic_build(data_batch=specification())
-        elif self.built and not self.run_eagerly:
+        elif keras_private.is_built(self) and not self.run_eagerly:
             # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
             # every step anew in which variables were made. What fails here is left to that trace, which tells why.
             with contextlib.suppress(Exception):
