@@ -32,10 +32,12 @@ def run(page, names=None):
     return names
 
 
-def test_readme_in_order():
+def test_readme_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = run(README)
     assert names["model"].model is names["my_model"]
-    assert len(README.splitlines()) <= 150
+    assert [path.name for path in tmp_path.iterdir()] == ["trained.keras"]
+    assert len(README.splitlines()) <= 100
 
 
 # KerasHub warns that positional embeddings drop masks, MirroredStrategy that there is no accelerator.
@@ -57,7 +59,7 @@ def test_two_commands():
     assert "pip install" in second and "pytest" in second
     # CI runs them as they stand, before anything else, and builds the site as the README does.
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert 0 < script.index("\npaste 1\n") < script.index("\npaste 2\n") < script.index("Format, lint")
+    assert 0 < script.index("\npaste 1 ") < script.index("\npaste 2 ") < script.index("Format, lint")
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     runs = re.findall(r"^ +- run: (.*\n)", workflow, flags=re.MULTILINE)
     site = re.findall(r"^    (python -m .*\n)", README, flags=re.MULTILINE)
