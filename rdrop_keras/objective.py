@@ -110,14 +110,14 @@ class RDropLoss(keras_private.CompileLoss):
         num_passes = _num_passes()
         task, consistency, _, weight = self.terms(y_true, y_pred, sample_weight)
         if current.loss_made:  # Of a step that computes its loss again, the first is logged and moves α.
-            return task if num_passes == 1 else task + self.alpha.current() / num_passes * consistency
+            return task if num_passes == 1 else task + current.kept / num_passes * consistency
         # As many rows as Keras counts for `loss`: those of the batch.
         rows = ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
         logs = {"task_loss": keras_private.unscale_loss_for_distribution(task)}
         if num_passes == 1:
             self.logs.record(logs, rows)
             return task
-        alpha = self.alpha.current()
+        current.kept = alpha = self.alpha.current()
         logged = keras_private.unscale_loss_for_distribution(consistency)
         self.logs.record({**logs, "consistency_loss": logged}, rows)
         if self.alpha_log is not None:

@@ -26,6 +26,7 @@ class Step:
         called: Whether the model has been called.
         loss_made: Whether the loss has been computed. If a step computes it again, the first is what is logged.
         row_scale: The replica's rows as a multiple of the mean over replicas; None if all have as many.
+        kept: What the first loss of the step keeps for another.
         notes: What the parts of the loss leave for the whole.
     """
 
@@ -33,6 +34,7 @@ class Step:
     called: bool = False
     loss_made: bool = False
     row_scale: Any = None
+    kept: Any = None
     notes: list[Any] = dataclasses.field(default_factory=list)
 
 

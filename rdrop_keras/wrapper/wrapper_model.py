@@ -276,6 +276,10 @@ class WrapperModel(ModelAttributes):
 
         others = updated(self.non_trainable_variables, others)
         metrics = updated(self.metrics_variables, metrics)
+        values = {id(variable): value for variable, value in zip(self.metrics_variables, metrics)}
+        for metric in self.training_metrics:
+            if metric.name in logs:
+                logs[metric.name] = metric.stateless_result([values[id(variable)] for variable in metric.variables])
         return logs, (trainable, others, optimizer, metrics)
 
     def make_train_function(self, force: bool = False) -> None:
