@@ -216,6 +216,31 @@ def test_task_saved_and_reloaded(hub, tmp_path):
     assert again.fit(TEXTS, LABELS, verbose=0).history["consistency_loss"][0] > 0
 
 
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that is not registered."""
+
+    def __call__(self, step):
+        return 0.01 * 0.5 ** ops.cast(step, "float32")
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.needs("keras_hub")
+@pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called as part of model loading")
+def test_task_trained_by_a_schedule_of_ones_own(hub, tmp_path):
+    """Keras loads the task without what it was compiled with."""
+    model = RDropModel(bert(hub), alpha=0.5)
+    model.compile(keras.optimizers.Adam(Halving()), CROSS_ENTROPY)
+    model.train_on_batch(TEXTS, LABELS)
+    model.save(tmp_path / "task.keras")
+    with pytest.warns(UserWarning, match=r"(?s)RDropModel is loaded without its optimizer.*compile it.*Halving"):
+        again = keras.models.load_model(tmp_path / "task.keras")
+    np.testing.assert_allclose(again.predict(TEXTS, verbose=0), model.predict(TEXTS, verbose=0), rtol=1e-5)
+    again = keras.models.load_model(tmp_path / "task.keras", custom_objects={"Halving": Halving})
+    assert float(ops.convert_to_numpy(again.optimizer.learning_rate)) == pytest.approx(0.005)
+
+
 @pytest.mark.slow
 @pytest.mark.needs("keras_hub")
 @pytest.mark.parametrize("build", [pytest.param(gpt2, id="CausalLM"), pytest.param(bart, id="Seq2SeqLM")])

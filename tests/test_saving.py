@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import keras
 import numpy as np
@@ -98,6 +99,25 @@ def test_weights_files(tmp_path):
     bare = functional()
     bare.load_weights(tmp_path / "bare.weights.h5")
     np.testing.assert_allclose(bare.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain.weights.h5", "plain.keras"])
+def test_weights_of_a_plain_model(name, tmp_path):
+    plain = functional()
+    (plain.save_weights if name.endswith(".weights.h5") else plain.save)(tmp_path / name)
+    model = RDropModel(functional())
+    before = model._num_steps, model.alpha
+    model.load_weights(tmp_path / name)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), plain.predict(X, verbose=0))
+    assert (model._num_steps, model.alpha) == before
+    x = keras.Input((4,))
+    h = layers.BatchNormalization()(layers.Dense(8, activation="relu")(x))
+    other = RDropModel(keras.Model(x, layers.Dense(5)(layers.Dropout(0.3)(h))))
+    with warnings.catch_warnings(action="ignore"):  # Keras's, of what does not fit.
+        with pytest.raises(ValueError, match=r"could not be loaded"):
+            other.load_weights(tmp_path / name)
+        other.load_weights(tmp_path / name, skip_mismatch=True)
+    np.testing.assert_array_equal(to_numpy(other.model.layers[1].kernel), to_numpy(plain.layers[1].kernel))
 
 
 def test_other_random_generators_are_no_reason_to_lose_weights(tmp_path):
@@ -274,6 +294,18 @@ def test_older_format_is_refused(tmp_path):
         ):
             RDropModel(mlp()).save(tmp_path / name)
         assert not (tmp_path / name).exists()
+    model = RDropModel(mlp())
+    model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True))
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.h5")
+    for callbacks in (checkpoint, [keras.callbacks.TerminateOnNaN(), checkpoint]):
+        with pytest.raises(ValueError, match=r"saved as a `.keras` file.*Received: filepath='.*model.h5'"):
+            model.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"saved as a `.keras` file"):
+        model.fit(X, Y, None, 1, 0, [checkpoint])
+    assert int(to_numpy(model.optimizer.iterations)) == 0  # Not after the first epoch.
+    weights = keras.callbacks.ModelCheckpoint(tmp_path / "model.weights.h5", save_weights_only=True)
+    model.fit(X, Y, verbose=0, callbacks=[weights])
+    assert (tmp_path / "model.weights.h5").exists()
 
 
 # The files in `saved/` were written with Keras 3.14.0 by the version before the package had rooms. That version gave

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
@@ -15,7 +16,7 @@ import keras
 import numpy as np
 
 from rdrop_keras import keras_private
-from rdrop_keras.wrapper import checkpoints, multi_worker, preprocessing, random_state, replicas, step
+from rdrop_keras.wrapper import checkpoints, formats, multi_worker, preprocessing, random_state, replicas, step
 from rdrop_keras.wrapper.attributes import ModelAttributes
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
@@ -205,8 +206,24 @@ class WrapperModel(ModelAttributes):
             keras_private.set_compiled_metrics(self, self.make_metrics(metrics, weighted_metrics))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles with what `get_compile_config` returned, and makes the optimizer's variables."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        """Compiles with what `get_compile_config` returned, and makes the optimizer's variables.
+
+        If it needs a class that Keras cannot find, a model with a `compile` of its own, as KerasHub's tasks have, is
+        loaded all the same: with a warning, and not compiled.
+        """
+        try:
+            arguments = keras.saving.deserialize_keras_object(config)
+        except (TypeError, ValueError) as error:
+            if type(self.model).compile is keras.Model.compile:
+                raise
+            warnings.warn(
+                f"This {type(self).__name__} is loaded without its optimizer, loss and metrics: compile it before you "
+                "train it. Or register your classes by `keras.saving.register_keras_serializable`, or pass them as "
+                f"`custom_objects`, before you load it. {error}",
+                stacklevel=2,
+            )
+            return
+        self.compile(**arguments)
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
@@ -346,6 +363,7 @@ class WrapperModel(ModelAttributes):
     # Data, which a KerasHub task takes raw.
     @_as_documented(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        formats.check_callbacks([*args[5:6], kwargs.get("callbacks")], type(self).__name__)
         history = self._with_data("fit", args, kwargs)
         self.after_fit(history)
         return history
@@ -393,12 +411,7 @@ class WrapperModel(ModelAttributes):
         Raises:
             ValueError: If `filepath` is one of the older HDF5 format.
         """
-        if str(filepath).endswith((".h5", ".hdf5")):
-            raise ValueError(
-                f"An {type(self).__name__} is saved as a `.keras` file, or its weights by `save_weights` as a "
-                "`.weights.h5` file: from the older HDF5 format it could not be loaded. `model.model.save(filepath)` "
-                f"saves the trained model alone. Received: filepath={str(filepath)!r}."
-            )
+        formats.check_format(filepath, type(self).__name__)
         if zipped is False:
             super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
             return
@@ -411,6 +424,13 @@ class WrapperModel(ModelAttributes):
         """Saves as `keras.Model.save_weights`, whose arguments it takes, and replaces as `save` does."""
         with checkpoints.replacing(filepath, ".weights.h5", overwrite, self._saved_variables()) as path:
             super().save_weights(path, overwrite=overwrite, max_shard_size=max_shard_size)
+
+    def load_weights(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Loads as `keras.Model.load_weights`, whose arguments it takes; also a file of the wrapped model alone."""
+        if formats.is_of_model_alone(filepath):
+            self.model.load_weights(filepath, *args, **kwargs)
+        else:
+            super().load_weights(filepath, *args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
         random_state.save(store, self.model, self._torch_seed)
