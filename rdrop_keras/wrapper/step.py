@@ -5,7 +5,7 @@ Two context variables hold all such state in the package. They are not attribute
 `MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
 
 - `_current`, here: Keras calls `Model.call` and the loss by itself.
-- `multi_worker._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
+- `tf_trainer._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
 """
 
 import contextlib

@@ -16,8 +16,9 @@ import keras
 import numpy as np
 
 from rdrop_keras import keras_private
-from rdrop_keras.wrapper import checkpoints, formats, multi_worker, preprocessing, random_state, replicas, step
+from rdrop_keras.wrapper import checkpoints, formats, preprocessing, random_state, replicas, step
 from rdrop_keras.wrapper.attributes import ModelAttributes
+from rdrop_keras.wrapper.tf_trainer import TFTrainerFixes
 
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -49,7 +50,7 @@ def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
     return step_of_wrapper
 
 
-class WrapperModel(ModelAttributes):
+class WrapperModel(ModelAttributes, TFTrainerFixes):
     """Trains `model`, found again as `.model`; in all but training it is that model.
 
     What a subclass may override, all of it about training alone:
@@ -330,35 +331,6 @@ class WrapperModel(ModelAttributes):
             return result
 
         self.train_function = train_function
-
-    # Private to Keras (3.14 to 3.15.1): the part that `add_loss` and regularizers have in the loss.
-    def _aggregate_additional_loss(self, loss):
-        return replicas.weigh(super()._aggregate_additional_loss(loss))
-
-    # Private to Keras's trainer for TensorFlow (3.14 to 3.15.1), like the next two; see `multi_worker.py`.
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        def specification():
-            return data_batch if iterator is None else multi_worker.batch_specification(iterator)
-
-        if keras_private.strategy_of(self) is not None:
-            super()._maybe_symbolic_build(data_batch=specification())
-        elif keras_private.is_built(self) and not self.run_eagerly:
-            # Keras leaves the variables of optimizer and metrics to the first trace of a step, and TensorFlow traces
-            # every step anew in which variables were made. What fails here is left to that trace, which tells why.
-            with contextlib.suppress(Exception):
-                if keras_private.has_metrics(self):
-                    self._symbolic_build(data_batch=specification())
-                elif not self.optimizer.built:  # A compiled loss has no variables.
-                    self.optimizer.build(self.trainable_variables)
-
-    def _make_function(self, step_function, **kwargs):
-        return multi_worker.with_local_logs(
-            super()._make_function(step_function, **kwargs), keras_private.strategy_of(self)
-        )
-
-    @property
-    def distribute_strategy(self) -> Any:
-        return multi_worker.strategy_of_step(super().distribute_strategy)
 
     # Data, which a KerasHub task takes raw.
     @_as_documented(keras.Model.fit)

@@ -1,0 +1,133 @@
+"""What Keras's trainer for TensorFlow does not do yet. Once Keras does it, `TFTrainerFixes` and this file can go.
+
+Comes in: the calls that the trainer makes of itself. Goes out: the same, mended. Called by: Keras, through
+`WrapperModel`. On other backends the trainer makes none of these calls, except for added losses, which stay as they are
+there. All is private to Keras and was read in 3.14.0 and 3.15.1, which need all of it:
+
+- Under `MultiWorkerMirroredStrategy` nothing trains, a plain `keras.Model` neither (keras-team/keras#20585, open). To
+  build what is not built, Keras reads a batch and averages it over replicas; those of other processes, and parts of
+  unequal size under any strategy, cannot be averaged. Then it averages the logs of a step along axis 0, and scalars
+  have no axis 0 (`_maybe_symbolic_build` and `reduce_per_replica` in `keras/src/backend/tensorflow/trainer.py`).
+- Added losses and regularizers of all replicas count alike, however few rows a replica has
+  (`scale_loss_for_distribution` in `keras/src/losses/loss.py`, made for keras-team/keras#19891).
+- Each program of training is traced twice, since its first trace makes the variables of the optimizer
+  (tensorflow/tensorflow#67033, closed without a change).
+"""
+
+import contextlib
+import contextvars
+import functools
+import types
+from typing import Any
+
+import keras
+from keras import tree
+
+from rdrop_keras import keras_private
+from rdrop_keras.wrapper import replicas
+
+
+class TFTrainerFixes(keras.Model):
+    """A `keras.Model` whose trainer for TensorFlow is mended."""
+
+    def _aggregate_additional_loss(self, loss):
+        return replicas.weigh(super()._aggregate_additional_loss(loss))
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        def specification():
+            return data_batch if iterator is None else _batch_specification(iterator)
+
+        if keras_private.strategy_of(self) is not None:
+            super()._maybe_symbolic_build(data_batch=specification())
+        elif keras_private.is_built(self) and not self.run_eagerly:
+            # What fails here is left to the trace of the first step, which tells why.
+            with contextlib.suppress(Exception):
+                if keras_private.has_metrics(self):
+                    self._symbolic_build(data_batch=specification())
+                elif not self.optimizer.built:  # A compiled loss has no variables.
+                    self.optimizer.build(self.trainable_variables)
+
+    def _make_function(self, step_function, **kwargs):
+        return _with_local_logs(super()._make_function(step_function, **kwargs), keras_private.strategy_of(self))
+
+    @property
+    def distribute_strategy(self) -> Any:
+        strategy = super().distribute_strategy
+        return _LocalLogs(strategy) if _in_step_function.get() else strategy
+
+
+def _batch_specification(epoch_iterator):
+    """The shapes and types of one replica's part of a batch from Keras's epoch iterator, its number of rows unknown."""
+    import tensorflow as tf
+
+    def of_replica(spec):
+        spec = getattr(spec, "_value_specs", [spec])[0]  # Those of a `PerReplicaSpec`.
+        if getattr(spec, "shape", None) is None:  # None, or a `tf.experimental.Optional` of it.
+            return None
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+
+    return tree.map_structure(of_replica, epoch_iterator._distributed_dataset.element_spec)
+
+
+# Keras asks the model for its strategy in many places. In a function of steps it is to get another.
+_in_step_function = contextvars.ContextVar("rdrop_keras_in_step_function", default=False)
+
+
+class _LocalLogs:
+    """`strategy`, except that `run` returns the results of the first local replica in place of all.
+
+    That needs no communication. The logs of an epoch are the metrics over all replicas in any case.
+    """
+
+    def __init__(self, strategy):
+        self._strategy = strategy
+
+    def __getattr__(self, name):
+        return getattr(self._strategy, name)
+
+    def run(self, *args, **kwargs):
+        results = self._strategy.run(*args, **kwargs)
+        return tree.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
+
+
+def _with_local_logs(function, strategy):
+    """`function`, one of Keras's for training or evaluation, with logs from the first local replica."""
+    if strategy is None or not _is_multi_worker(strategy) or not _averages_scalars_along_an_axis():
+        return function
+
+    @functools.wraps(function)
+    def with_local_logs(*args):
+        token = _in_step_function.set(True)
+        try:
+            return function(*args)
+        finally:
+            _in_step_function.reset(token)
+
+    return with_local_logs
+
+
+def _is_multi_worker(strategy):
+    import tensorflow as tf
+
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.extended._in_multi_worker_mode()
+
+
+@functools.cache
+def _averages_scalars_along_an_axis():
+    """Whether Keras asks several workers for the mean of a scalar along an axis. A mended Keras does not."""
+    import tensorflow as tf
+    from keras.src.backend.tensorflow import trainer
+
+    class Recorder(tf.distribute.MultiWorkerMirroredStrategy):
+        extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: True)
+
+        def __init__(self):
+            self.axis = None
+
+        def reduce(self, reduce_op, value, axis=None):
+            self.axis = axis
+            return value
+
+    recorder = Recorder()
+    trainer.reduce_per_replica(tf.constant(0.0), recorder, "auto")
+    return recorder.axis is not None
