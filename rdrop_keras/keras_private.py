@@ -56,6 +56,7 @@ __all__ = [
     "operation_fn",
     "operations",
     "output_spec",
+    "output_spec_of_call",
     "own_variables",
     "packed_outputs",
     "reference_order",
@@ -144,6 +145,7 @@ def functional(model):
     # KerasHub's `__call__` (read in 0.32) refuses strings and then calls Keras's.
     in_task = outer.__module__ == "keras_hub.src.utils.pipeline_model"
     unchanged = "call" not in vars(model) and (outer is keras.Layer.__call__ or in_task)
+    unchanged = unchanged and model.activity_regularizer is None  # Which `__call__` applies.
     if unchanged and isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
         return model._functional
     if unchanged and isinstance(model, Functional) and type(model).call is Functional.call:
@@ -270,16 +272,34 @@ def call_as_trained(model, inputs, training):
     return model.call(inputs, training=training) if takes_training(model) else model.call(inputs)
 
 
-def output_spec(model, specs, training):
-    """The KerasTensors that `model` returns for inputs like `specs`. It works in the middle of a step too."""
+def output_spec(function, variables, *specs):
+    """The KerasTensors that `function`, which uses `variables`, returns for `specs`.
+
+    It works in the middle of a step too.
+    """
     # In the middle of a step on JAX, the values of variables are held by the program.
-    values = [(variable, variable.value) for variable in model.variables] if in_stateless_scope() else []
+    values = [(variable, variable.value) for variable in variables] if in_stateless_scope() else []
 
-    def run(inputs):
+    def run(*inputs):
         with keras.StatelessScope(values):
-            return call(model, inputs, training)
+            return function(*inputs)
 
-    return compute_output_spec(run, specs)
+    return compute_output_spec(run, *specs)
+
+
+def output_spec_of_call(node, tensors, specs):
+    """The KerasTensors that the call recorded as `node` returns, with `specs` for the tensors of ids `tensors`.
+
+    The operation runs, whatever shape it declares.
+    """
+    operation = node.operation
+
+    def run(*inputs):
+        args, kwargs = node.arguments.fill_in(dict(zip(tensors, inputs)))
+        with call_context(operation, None) if isinstance(operation, keras.Layer) else contextlib.nullcontext():
+            return operation(*args, **kwargs)
+
+    return output_spec(run, getattr(operation, "variables", []), *specs)
 
 
 def is_from_known(module):

@@ -18,7 +18,7 @@ from rdrop_keras import divergences, keras_private
 from rdrop_keras.arguments import check_integer
 from rdrop_keras.first_pass import FirstPassMetrics
 from rdrop_keras.objective import RDropLoss, StepMeans
-from rdrop_keras.passes import Passes, check_dropout_rates, check_share
+from rdrop_keras.passes import Passes, check_dropout_rates, check_share, randomness
 from rdrop_keras.wrapper import replicas, step
 from rdrop_keras.wrapper.wrapper_model import WrapperModel
 
@@ -56,9 +56,9 @@ class RDropModel(WrapperModel):
     Rows of a batch are taken to be independent, but for batch normalization. Where shapes tell that they are not, such
     as for similarities of each row with each, or where a layer is known to draw one number for the whole batch, the
     passes run one after another: exact, and not as fast. `rdrop_keras.sharing` says so. A layer of your own that mixes
-    rows without a trace in its shapes, or draws once for all of them, is not seen; `fit` warns if a whole epoch's
-    consistency loss was 0. Augmentation layers inside the model are random layers like others: each pass gets a
-    view of its own, unless `share` names the last of them.
+    rows without a trace in its shapes, or draws once for all of them, is not seen: declare `rdrop_mixes_rows = True` on
+    the layer, its class or the model. `fit` warns if a whole epoch's consistency loss was 0. Augmentation layers inside
+    the model are random layers like others: each pass gets a view of its own, unless `share` names the last of them.
 
     Args:
         model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task, whose raw inputs
@@ -195,7 +195,7 @@ class RDropModel(WrapperModel):
                 f"is what most classifiers choose. Received: optimizer={optimizer!r}, loss={loss!r}."
             )
         super().compile(optimizer, loss, *args, **kwargs)
-        if self._passes is not None and self.model.built:
+        if self._passes is not None:
             self._passes.refresh()
 
     def make_loss(self, loss: Any, loss_weights: Any) -> RDropLoss:
@@ -282,7 +282,7 @@ class RDropModel(WrapperModel):
         logs = history.history
         pairs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
         epochs = [epoch for epoch in pairs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
-        warning = _equal_passes(epochs)
+        warning = _equal_passes(epochs, self.model)
         if warning is None and int(ops.convert_to_numpy(self.optimizer.iterations)) >= _MANY_STEPS:
             warning = _too_small(epochs, self.alpha, self.num_passes)
         if warning is not None:
@@ -337,15 +337,14 @@ _SMALL_SHARE = 0.02
 _MANY_STEPS = 100
 
 
-def _equal_passes(epochs):
+def _equal_passes(epochs, model):
     """What to tell if the passes of a whole epoch were equal; `epochs` are pairs of task loss and consistency loss."""
     # Programs that compute equal passes in different ways leave a little of rounding.
     if all(abs(consistency) >= 1e-12 for _, consistency in epochs):
         return None
     return (
         "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training was plain "
-        "training at the price of R-Drop. Is the model's randomness off, or drawn once for the whole batch? A layer of "
-        "your own should draw for each row. `rdrop_keras.stochastic_layers(model)` lists the layers known to be random."
+        f"training at the price of R-Drop. {randomness.why_equal(model)}"
     )
 
 

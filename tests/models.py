@@ -12,6 +12,8 @@ class Passes(keras.layers.Layer):
     A gradient step on it shows the gradient of the objective with respect to every output of every pass.
     """
 
+    rdrop_stochastic = True
+
     def __init__(self, values, activation=None, dtype=None, **kwargs):
         super().__init__(dtype=dtype, **kwargs)
         self.values = np.array(values, "float32")

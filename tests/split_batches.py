@@ -19,6 +19,8 @@ W = np.random.RandomState(1).uniform(0, 2, size=21).astype("float32")
 class NoiseOfTheRow(layers.Layer):
     """Scales rows by a factor that depends on the row and its pass alone, however replicas split the batch."""
 
+    rdrop_stochastic = True
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.supports_masking = True

@@ -80,7 +80,7 @@ NEITHER = (
 
 def kinds(config, class_name=""):
     found = {}
-    rates.with_rates(config, lambda kind, rate: found.setdefault(kind, []).append(rate) or rate, class_name)
+    rates.with_rates(config, lambda rate_type, rate: found.setdefault(rate_type, []).append(rate) or rate, class_name)
     return found
 
 
@@ -105,7 +105,7 @@ def test_rates_in_a_configuration():
         ],
         "preprocessor": {"class_name": "Preprocessor", "config": {"dropout": 0.0}},
     }
-    assert rates.with_rates(config, lambda kind, rate: 0.5) == {
+    assert rates.with_rates(config, lambda rate_type, rate: 0.5) == {
         **config,
         "dropout": [0.5, 0.5],
         "encoder": {"class_name": "Encoder", "config": {"dropout": 0.5}},

@@ -18,6 +18,8 @@ Y = (X[:, 0] + X[:, 1] > 0).astype("int32") + (X[:, 2] > 1)
 class AlternatingNoise(layers.Layer):
     """Noise that is the same in every step and differs between the rows of a batch."""
 
+    rdrop_stochastic = True
+
     def call(self, inputs, training=None):
         if not training:
             return inputs

@@ -1,6 +1,7 @@
 """Models whose rows depend on each other: their passes run one after another, or the model is refused."""
 
 import contextlib
+import re
 
 import keras
 import numpy as np
@@ -9,6 +10,8 @@ from keras import layers, ops
 
 from models import mlp
 from rdrop_keras import Divergence, RDropModel, inconsistency, sharing
+from rdrop_keras.passes import Passes
+from rdrop_keras.passes.graph import PairedGraph
 
 N = 16
 X = np.random.RandomState(0).normal(size=(N, 6)).astype("float32")
@@ -134,9 +137,9 @@ DRAWN_ONCE = {
 
 
 class WithOneMask(keras.Model):
-    def __init__(self):
+    def __init__(self, dropout=None):
         super().__init__()
-        self.dropout, self.dense = layers.Dropout(0.5, noise_shape=(1, 6)), layers.Dense(3)
+        self.dropout, self.dense = dropout or layers.Dropout(0.5, noise_shape=(1, 6)), layers.Dense(3)
 
     def call(self, inputs, training=None):
         return self.dense(self.dropout(inputs, training=training))
@@ -145,6 +148,182 @@ class WithOneMask(keras.Model):
 @pytest.mark.parametrize("name", DRAWN_ONCE)
 def test_numbers_drawn_once_a_batch_are_drawn_for_each_pass(name):
     assert min(fit(RDropModel(DRAWN_ONCE[name]()))["consistency_loss"]) > 0
+
+
+# Of inputs of shape (N, 3, 2).
+NOISE_SHAPES = [(1, 3, 2), (N, 1, 2), (N, 3, 2), (3, 2), (1, 2), (2,), (1,), ()]
+
+
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.AlphaDropout])
+@pytest.mark.parametrize("noise_shape", NOISE_SHAPES)
+def test_noise_of_one_shape_for_a_whole_batch(noise_shape, kind):
+    """Each pass has a mask of its own, and is plain training with that mask."""
+    model = keras.Sequential(
+        [keras.Input((6,)), layers.Reshape((3, 2)), kind(0.5, noise_shape=noise_shape, seed=1), layers.Flatten()]
+    )
+    assert f"'{model.layers[1].name}' draws once for a whole batch" in sharing(model).summary
+    outputs = ops.convert_to_numpy(Passes(model)(ops.ones((N, 6)), 8, True)).reshape(8, N, 6)
+    assert len(np.unique(outputs.reshape(8, -1), axis=0)) > 1
+    if noise_shape[:1] != (N,):
+        np.testing.assert_array_equal(outputs, np.broadcast_to(outputs[:, :1], outputs.shape))
+
+
+def test_noise_of_one_shape_in_a_subclassed_model():
+    for noise_shape in [(N, 6), (6,)]:
+        assert min(fit(RDropModel(WithOneMask(layers.Dropout(0.5, noise_shape, seed=1))))["consistency_loss"]) > 0
+
+
+def test_noise_for_each_row_is_drawn_for_all_passes_together():
+    for noise_shape in [None, (None, 1), [None, 6]]:
+        model = keras.Sequential([keras.Input((6,)), layers.Dropout(0.5, noise_shape), layers.Dense(3)])
+        assert "one pass after another" not in sharing(model).summary
+
+
+class GraphConvolution(layers.Layer):
+    """Of features (N, F) and neighbours (N, N), as in a full batch that holds all nodes of a graph."""
+
+    def build(self, features_shape, neighbours_shape):
+        self.kernel = self.add_weight(shape=(features_shape[-1], 3))
+
+    def call(self, features, neighbours):
+        return ops.matmul(neighbours, ops.matmul(features, self.kernel))
+
+    def compute_output_shape(self, features_shape, neighbours_shape):
+        return (features_shape[0], 3)
+
+
+def convolution(features, neighbours):
+    return GraphConvolution()(features, neighbours)
+
+
+def convolution_of_operations(features, neighbours):
+    return ops.matmul(neighbours, dense(features))
+
+
+def convolution_of_a_lambda(features, neighbours):
+    inner = dense(features)
+    return layers.Lambda(lambda x: ops.matmul(x[1], x[0]), output_shape=lambda shapes: shapes[0])([inner, neighbours])
+
+
+def of_graph(layer, dropout_last=False, **kwargs):
+    """A Functional model of features and neighbours."""
+    features, neighbours = keras.Input((6,)), keras.Input(**kwargs)
+    if dropout_last:
+        outputs = layers.Dropout(NEVER)(layer(features, neighbours))
+    else:
+        outputs = layer(layers.Dropout(NEVER, seed=1)(features), neighbours)
+    return keras.Model([features, neighbours], outputs)
+
+
+class OfGraph(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.convolution = layers.Dropout(NEVER, seed=1), GraphConvolution()
+
+    def call(self, inputs, training=None):
+        features, neighbours = inputs
+        return self.convolution(self.dropout(features, training=training), neighbours)
+
+
+GRAPHS = {
+    "declared shape": lambda: of_graph(convolution, shape=(N,)),
+    "declared shape, sizes unknown": lambda: of_graph(convolution, shape=(None,)),
+    "declared shape, fixed batch": lambda: of_graph(convolution, batch_shape=(N, N)),
+    "operations": lambda: of_graph(convolution_of_operations, shape=(N,)),
+    "operations, sizes unknown": lambda: of_graph(convolution_of_operations, shape=(None,)),
+    "lambda": lambda: of_graph(convolution_of_a_lambda, shape=(N,)),
+    "lambda, sizes unknown": lambda: of_graph(convolution_of_a_lambda, shape=(None,)),
+    "before dropout": lambda: of_graph(convolution_of_operations, True, shape=(None,)),
+    "subclassed": OfGraph,
+}
+
+
+@pytest.mark.parametrize("share", ["deterministic", "nothing"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_full_batch_of_a_graph(name, share):
+    """With dropout that drops nothing R-Drop is plain training."""
+    neighbours = np.eye(N, dtype="float32") + np.random.RandomState(1).uniform(size=(N, N)).astype("float32")
+    histories = []
+    for wrap in (lambda model: model, lambda model: RDropModel(model, share=share)):
+        keras.utils.set_random_seed(2)
+        model = wrap(GRAPHS[name]())
+        wrapped = isinstance(model, RDropModel)
+        with pytest.warns(UserWarning, match="did not differ") if wrapped else contextlib.nullcontext():
+            histories.append(fit(model, [X, neighbours]))
+    np.testing.assert_allclose(histories[1]["task_loss"], histories[0]["loss"], rtol=1e-5)
+
+
+class Pairs(layers.Layer):
+    """Takes sequences of even lengths alone."""
+
+    def call(self, x):
+        return ops.sum(ops.reshape(x, (ops.shape(x)[0], -1, 2, 2)), axis=2)
+
+    def compute_output_shape(self, shape):
+        return (shape[0], None, 2)
+
+
+def test_axes_of_unknown_size_that_are_not_the_batch():
+    """Several unknown axes are no sign of rows that relate to each other."""
+    inputs = [keras.Input((None, 2)), keras.Input((None, 2))]
+    h = layers.Dropout(0.3)(inputs[0])
+    h = layers.Lambda(lambda x: ops.softmax(x, axis=1), output_shape=lambda shape: shape)(h)
+    h = ops.matmul(ops.softmax(ops.matmul(h, ops.swapaxes(inputs[1], 1, 2))), inputs[1]) + h
+    model = keras.Model(inputs, layers.Dense(3)(ops.max(h, axis=1)))
+    assert "one pass after another" not in sharing(model).summary
+    h = Pairs()(layers.Dropout(0.3)(inputs[0]))
+    assert "one pass after another" not in sharing(keras.Model(inputs[0], ops.max(h, axis=1))).summary
+
+
+class Centred(layers.Layer):
+    """Nothing about its shapes shows that it mixes rows."""
+
+    rdrop_mixes_rows = True
+
+    def call(self, x):
+        return x - ops.mean(x, axis=0)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def declared(layer):
+    layer.rdrop_mixes_rows = True
+    return layer
+
+
+MIXING = {
+    "class": lambda: functional(lambda x: dense(Centred()(x))),
+    "layer": lambda: functional(lambda x: declared(dense_layer())(x)),
+    "model": lambda: declared(functional(dense)),
+    "nested model": lambda: functional(declared(functional(dense))),
+    "inside a layer": lambda: functional(layers.TimeDistributed(Centred()), shape=(2, 3)),
+    "subclassed model": lambda: declared(Subclassed(lambda x: x)),
+    "in a subclassed model": lambda: WithOneMask(Centred()),
+}
+
+
+def dense_layer():
+    return layers.Dense(3)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_layers_that_declare_that_they_mix_rows(name):
+    model = MIXING[name]()
+    model(ops.ones((N, 6) if name != "inside a layer" else (N, 2, 3)))
+    graph = PairedGraph(model, "deterministic")
+    assert re.fullmatch(r"'\w+' declares rdrop_mixes_rows", graph.separate)
+    assert graph.summary().endswith(f"the others run for one pass after another: {graph.separate}")
+
+
+def test_mixed_rows_are_plain_training():
+    histories = []
+    for wrap in (lambda model: model, RDropModel):
+        keras.utils.set_random_seed(2)
+        model = wrap(functional(lambda x: dense(Centred()(x))))
+        with told_of_equal_passes() if isinstance(model, RDropModel) else contextlib.nullcontext():
+            histories.append(fit(model))
+    np.testing.assert_allclose(histories[1]["task_loss"], histories[0]["loss"], rtol=1e-5)
 
 
 class WeightNoise(layers.Layer):
@@ -157,6 +336,14 @@ class WeightNoise(layers.Layer):
     def call(self, inputs, training=None):
         noise = keras.random.normal(self.kernel.shape, seed=self.seed) if training else 0.0
         return ops.matmul(inputs, self.kernel + noise)
+
+
+def test_one_draw_for_all_rows_that_is_declared():
+    for model in (declared(WeightNoise()), WeightNoise()):
+        model = keras.Sequential([keras.Input((6,)), model])
+        if "rdrop_mixes_rows" not in vars(model.layers[0]):
+            declared(model)
+        assert min(fit(RDropModel(model))["consistency_loss"]) > 0
 
 
 def test_equal_passes_are_told_once():

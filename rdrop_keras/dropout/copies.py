@@ -35,9 +35,8 @@ class Copier:
                 copy = keras_private.copied_operation(operation)
             elif keras_private.is_plain_graph(operation):
                 copy = self._of_graph(operation)
-                if (
-                    operation.dtype_policy.quantization_mode is None
-                ):  # Quantization belongs to the layers, not to the model.
+                # Quantization belongs to the layers, not to the model.
+                if operation.dtype_policy.quantization_mode is None:
                     copy.dtype_policy = operation.dtype_policy
             else:
                 copy = self._of_configuration(operation)

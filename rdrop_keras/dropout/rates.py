@@ -1,10 +1,9 @@
 """The dropout rates in the configuration of a model, and the same configuration with other rates.
 
-A configuration is what `get_config` returns. It has a place for a rate even where the model made no dropout layer since
-the rate is 0. Which layers of a model are random is decided in `randomness.py`.
+A configuration is what `get_config` returns. It has a place for a rate even if the rate is 0 and the model made no
+dropout layer for it. Which layers are random is decided elsewhere, in `passes/randomness.py`.
 
-Comes in: a model or its configuration. Goes out: a configuration with other rates. Called by: `with_dropout`, and
-`randomness` to choose the remedy in an error.
+Comes in: a model or its configuration. Goes out: a configuration with other rates. Called by: `with_dropout`.
 """
 
 import contextlib
@@ -24,18 +23,18 @@ _NEITHER = re.compile(r"recurrent|seed|(^|_)num_|drop_?block", re.IGNORECASE)
 _OF_CLASS = ("rate", "drop_rate", "drop_prob")
 
 
-def kind(model):
+def rate_type(model):
     """What `with_dropout` is to set in `model`: "dropout", else "depth", which is stochastic depth, else None."""
     found = set()
 
-    def note(kind, rate):
-        found.add(kind)
+    def note(rate_type, rate):
+        found.add(rate_type)
         return rate
 
     for part in parts(model):
         with contextlib.suppress(Exception):  # A layer without a configuration has no places.
             with_rates(configuration(part), note, type(part).__name__)
-    return next((kind for kind in ("dropout", "depth") if kind in found), None)
+    return next((rate_type for rate_type in ("dropout", "depth") if rate_type in found), None)
 
 
 def parts(model):
@@ -53,9 +52,9 @@ def configuration(layer):
 
 
 def with_rates(config, new_rate, class_name=""):
-    """A copy of `config`, that of a `class_name`, in which each rate is `new_rate(kind, rate)`.
+    """A copy of `config`, that of a `class_name`, in which each rate is `new_rate(rate_type, rate)`.
 
-    A rate is a number ≥ 0 and < 1 with the name of a rate. Its kind is "dropout" or "depth".
+    A rate is a number ≥ 0 and < 1 with the name of a rate. Its type is "dropout" or "depth".
     """
     return {
         # A preprocessor is not part of the network.
@@ -74,11 +73,11 @@ def _replaced(name, value, new_rate, class_name):
     if isinstance(value, (list, tuple)):
         return type(value)([_replaced(name, entry, new_rate, class_name) for entry in value])
     is_rate = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < 1
-    kind = _kind(str(name), class_name) if is_rate else None
-    return value if kind is None else new_rate(kind, value)
+    rate_type = _rate_type(str(name), class_name) if is_rate else None
+    return value if rate_type is None else new_rate(rate_type, value)
 
 
-def _kind(name, class_name):
+def _rate_type(name, class_name):
     if _NEITHER.search(name):
         return None
     if _DEPTH.search(name):

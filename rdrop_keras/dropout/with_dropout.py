@@ -24,7 +24,7 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
 
         model = rdrop_keras.RDropModel(rdrop_keras.with_dropout(model, 0.1))
 
-    Where the rate goes depends on the kind of model:
+    Where the rate goes depends on the model:
 
     - In a KerasHub task or backbone, and in any model whose class has its own configuration, all dropout rates of the
       configuration are set to `rate`, including those above 0 and those of nested models.
@@ -68,8 +68,8 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
             "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
             f"Received: model={model.name!r}, which is not."
         )
-    kind = rates.kind(model)
-    if kind is None:
+    rate_type = rates.rate_type(model)
+    if rate_type is None:
         raise ValueError(
             f"`model` must have a dropout layer, or a place for a dropout rate in its configuration. {_REMEDY} "
             f"Received: model={model.name!r} ({type(model).__name__}), which has neither."
@@ -78,9 +78,9 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
     def new_config(layer):
         is_model = isinstance(layer, keras.Model)
 
-        def new_rate(of, old):
+        def new_rate(of_type, old):
             # In a graph of layers the user chose each rate. A model's configuration is often as it was published.
-            return float(rate) if of == kind and (is_model or old == 0) else old
+            return float(rate) if of_type == rate_type and (is_model or old == 0) else old
 
         return rates.with_rates(rates.configuration(layer), new_rate, type(layer).__name__)
 

@@ -9,21 +9,25 @@ paired steps, and `monitor`.
 
 import contextlib
 import functools
+import warnings
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from rdrop_keras import keras_private
 from rdrop_keras.arguments import is_number
 from rdrop_keras.passes import randomness, tiling
-from rdrop_keras.passes.dropout_rates import DropoutRates, Rates
-from rdrop_keras.passes.graph import PairedGraph
-from rdrop_keras.passes.marking import BATCH_SIZES, follows_batch
+from rdrop_keras.passes.added_losses import mean_over
+from rdrop_keras.passes.dropout_rates import DropoutRates
+from rdrop_keras.passes.graph import PairedGraph, check_has_graph
 
 
 class Passes:
     """Calls `model` for several passes.
+
+    Attributes:
+        graph: The `PairedGraph` of the model as it was examined; None while the model is not built.
 
     Args:
         model: A `keras.Model`. If it is not built, its layers are examined in the first call.
@@ -39,26 +43,35 @@ class Passes:
         self.share = share
         self.dropout_rates = dropout_rates
         self.graph = None
-        if model.built:
+        self._warned = False
+        if model.built or isinstance(model, keras.Sequential):
             self.refresh()
-        elif not isinstance(model, keras.Sequential):
-            PairedGraph(model, share)  # For its errors alone: the layers are not known yet.
-            if dropout_rates is not None:
-                raise ValueError(
-                    "`dropout_rates` needs the layers of `model`, which are made when it is built: call it on a batch "
-                    f"first. Received: model={model.name!r} ({type(model).__name__}), not built."
-                )
+            return
+        check_has_graph(model, share)
+        randomness.check_stateless(model)
+        if dropout_rates is not None:
+            raise ValueError(
+                "`dropout_rates` needs the layers of `model`, which are made when it is built: call it on a batch "
+                f"first. Received: model={model.name!r} ({type(model).__name__}), not built."
+            )
 
     def refresh(self):
-        """Examines the layers of the model, which must be built, if they are new or their rates have changed."""
-        if self.graph is not None and self._rates_seen.hold():
+        """Examines the model as it is now: its layers, rates and weights may have changed."""
+        self.graph = None
+        if not self.model.built:
             return
-        randomness.check_stochastic(self.model)
-        self.graph = PairedGraph(self.model, self.share)
+        if not randomness.check_stochastic(self.model) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "No layer of `model` is known to be random in training. If none is, all passes are identical: insert a "
+                "`keras.layers.Dropout`, for example before the last layer. If code of your own draws random numbers, "
+                "set `rdrop_stochastic = True` on its layer or model. "
+                f"Received: model={self.model.name!r} ({type(self.model).__name__}).",
+                stacklevel=4,
+            )
         self._rates = None if self.dropout_rates is None else DropoutRates(self.model)
-        self._rates_seen = Rates(self.model)
-        # If the model is no graph of layers, the shapes of the first batch tell.
-        self._separate = True if self.graph.separate else False if self.graph.knows_layers else None
+        self._seen = _layers_and_rates(self.model)
+        self.graph = PairedGraph(self.model, self.share)
 
     def __call__(self, inputs, num_passes, training):
         """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
@@ -67,46 +80,32 @@ class Passes:
                 self.model.build(tuple(inputs.shape))
             else:
                 keras_private.call(self.model, inputs, False)
-        self.refresh()
+        if self.graph is None or self._seen != _layers_and_rates(self.model):
+            self.refresh()
+        if self._rates is None:
+            self.graph.examine_batch(inputs, training)
         at_rates = self._at_rates(num_passes)
-        if self.graph.knows_layers:
-            # That nothing is shared needs no graph, unless the passes run one by one, each layer at rates of its own.
-            if self.share != "nothing" or at_rates is not None:
-                return self.graph(inputs, num_passes, training, at_rates)
-        elif self._separate is None and at_rates is None:
-            self._separate = _relates_rows(self.model, inputs, training)
-            at_rates = self._at_rates(num_passes)
+        # That nothing is shared needs no graph, unless the passes run one by one, each layer at rates of its own.
+        if self.graph.knows_layers and (self.share != "nothing" or at_rates is not None):
+            return self.graph(inputs, num_passes, training, at_rates)
         if at_rates is None:
             return keras_private.call(self.model, tiling.tile(inputs, num_passes), training)
         outputs = []
-        for at_rate in at_rates:
-            with at_rate(self.model):
-                outputs.append(keras_private.call(self.model, inputs, training))
+        with mean_over(num_passes, self.model):
+            for at_rate in at_rates:
+                with at_rate(self.model):
+                    outputs.append(keras_private.call(self.model, inputs, training))
         return tiling.concatenate(outputs)
 
     def _at_rates(self, num_passes):
         """One context for each pass, to call layers in, if the passes run one after another; else None."""
         if self._rates is not None:
             return [functools.partial(self._rates.at, rate) for rate in self.dropout_rates]
-        return [contextlib.nullcontext] * num_passes if self._separate else None
+        return [contextlib.nullcontext] * num_passes if self.graph.separate else None
 
 
-def _relates_rows(model, inputs, training):
-    """Whether an output row of `model` may depend on several rows, as far as shapes tell."""
-
-    def shapes(size):
-        specs = tree.map_structure(
-            lambda x: None if x is None else keras.KerasTensor((size, *x.shape[1:]), dtype=x.dtype), inputs
-        )
-        return [
-            spec.shape for spec in tree.flatten(keras_private.output_spec(model, specs, training)) if spec is not None
-        ]
-
-    try:
-        pairs = zip(*map(shapes, BATCH_SIZES))
-    except Exception:  # Any: a model that does not run at another batch size cannot run on the rows of all passes.
-        return True
-    return not all(map(follows_batch, pairs))
+def _layers_and_rates(model):
+    return [(layer, randomness.rates_of(layer)) for layer in keras_private.all_layers(model)]
 
 
 def check_dropout_rates(rates, num_passes):

@@ -9,21 +9,6 @@ from rdrop_keras import keras_private
 from rdrop_keras.passes import randomness
 
 
-class Rates:
-    """The rates of the layers of `model` at the time this object was made."""
-
-    def __init__(self, model):
-        self._rates = [
-            (layer, name, rate)
-            for layer in keras_private.all_layers(model)
-            for name, rate in randomness.rates_of(layer).items()
-        ]
-
-    def hold(self):
-        """Whether they are still the same."""
-        return all(getattr(layer, name) == rate for layer, name, rate in self._rates)
-
-
 class DropoutRates:
     """Runs layers of `model` at another dropout rate, for the passes of a step (section 4.4 of the paper).
 

@@ -16,7 +16,8 @@ import keras
 from keras import tree
 
 from rdrop_keras import keras_private
-from rdrop_keras.passes import marking, tiling
+from rdrop_keras.passes import marking, randomness, tiling
+from rdrop_keras.passes.added_losses import mean_over
 from rdrop_keras.passes.marking import Conversion, LayerCall
 
 
@@ -33,7 +34,8 @@ class PairedGraph:
 
     Attributes:
         calls: The calls, a list of `LayerCall`, in an order in which they can run.
-        separate: Why the passes must run one after another and not as rows of one batch; None if they need not.
+        separate: Why the passes must run one after another and not as rows of one batch; None if they need not. For a
+            model that is no graph of layers it is known after the first batch.
 
     Args:
         model: A built `keras.Model`. A model that is no graph of layers shares nothing.
@@ -50,30 +52,33 @@ class PairedGraph:
         self._num_slots = 0
         self._functional = keras_private.functional(model)
         if self._functional is None:
-            if share not in ("deterministic", "nothing"):
-                raise ValueError(
-                    "`share` can name a layer of a Functional or Sequential model only; the layers of any other run "
-                    f"inside its `call`. Received: share={share!r} with model={model.name!r} "
-                    f"({type(model).__name__}). Use 'deterministic' or 'nothing'."
-                )
+            check_has_graph(model, share)
             whole = LayerCall(model.name, model, None, {}, [])
             whole.repeat(f"{type(model).__name__} is no graph of layers: its call is its own")
             self.calls = [whole]
-            self.separate = marking.why_separate(self.calls)
+            self.separate = marking.why_separate(model, self.calls)
+            self._waits_for_batch = self.separate is None
             return
+        self._waits_for_batch = False
         self._inputs = [self._slot() for _ in self._functional.inputs]
         self._program, self._outputs = self._trace(self._functional, self._inputs, "")
         calls = list(_flat(self._program))
         self.calls = [call for call in calls if not isinstance(call, Conversion)]
-        inputs = dict(zip(self._inputs, self._functional.inputs))
-        shapes = [marking.shapes_at(size, calls, inputs) for size in marking.BATCH_SIZES]
+        known = marking.known_specs(calls, dict(zip(self._inputs, self._functional.inputs)))
         if share == "nothing":
             for call in calls:
                 call.repeat("share='nothing'")
         else:
             once = set() if share == "deterministic" else marking.up_to(share, calls)
-            marking.mark(calls, once, share, shapes, self._outputs)
-        self.separate = marking.why_separate(self.calls, shapes)
+            marking.mark(calls, once, share, known, self._outputs)
+        self.separate = marking.why_separate(model, self.calls, known)
+
+    def examine_batch(self, inputs, training):
+        """Finds out by the first batch whether the passes of a model that is no graph of layers can run together."""
+        if self._waits_for_batch:
+            self._waits_for_batch = False
+            if marking.relates_rows_of(self.model, inputs, training):
+                self.separate = f"{self.model.name!r} relates rows of a batch to each other"
 
     @property
     def knows_layers(self):
@@ -108,7 +113,9 @@ class PairedGraph:
             self._run(self._program, _Tensors(once, 1), training, repeated=False)
             if at_rates is None:
                 return self._run_passes(_Tensors(once, num_passes), training)
-            return tiling.concatenate([self._run_passes(_Tensors(once, 1), training, at_rate) for at_rate in at_rates])
+            with mean_over(num_passes, self.model):
+                passes = [self._run_passes(_Tensors(once, 1), training, at_rate) for at_rate in at_rates]
+            return tiling.concatenate(passes)
 
     def _run_passes(self, tensors, training, at_rate=contextlib.nullcontext):
         self._run(self._program, tensors, training, repeated=True, at_rate=at_rate)
@@ -158,7 +165,9 @@ class PairedGraph:
                     received.append(None if tensor is None else self._slot())
                     if tensor is not None:
                         consumed = {id(source): slots[id(source)] for source in (tensor, mask) if source is not None}
-                        calls.append(Conversion(name, node.operation, reference, consumed, received[-1]))
+                        calls.append(
+                            Conversion(name, node.operation, None, consumed, [received[-1]], reference=reference)
+                        )
                 inner, outputs = self._trace(nested, received, f"{name}/")
                 program.append(_Nested(node.operation, calls + inner))
             slots.update((id(tensor), slot) for tensor, slot in zip(node.outputs, outputs))
@@ -182,6 +191,16 @@ class _Tensors:
 
     def put(self, slot, value, repeated):
         (self._repeated if repeated else self._once)[slot] = value
+
+
+def check_has_graph(model, share):
+    """Raises if `share` names a layer and `model` is no graph of layers."""
+    if share not in ("deterministic", "nothing") and keras_private.functional(model) is None:
+        raise ValueError(
+            "`share` can name a layer of a Functional or Sequential model only; the layers of any other run inside its "
+            f"`call`. Received: share={share!r} with model={model.name!r} ({type(model).__name__}). Use "
+            "'deterministic' or 'nothing'."
+        )
 
 
 def num_parameters(weights):
@@ -212,6 +231,6 @@ def _nested_call(node):
         tensor is None or len(tensor.shape) == len(reference.shape)
         for tensor, reference in zip(tensors, functional.inputs)
     )
-    if not same_ranks or node.operation.activity_regularizer is not None:
+    if not same_ranks or randomness.mixes_rows(node.operation):
         return None, None, None
     return functional, tensors, masks

@@ -4,7 +4,10 @@ Comes in: the calls of a model, and the shapes of their tensors at two batch siz
 by: `graph.PairedGraph`.
 """
 
+import contextlib
+import dataclasses
 import difflib
+from typing import Any
 
 import keras
 from keras import tree
@@ -14,8 +17,12 @@ from rdrop_keras.passes import randomness
 
 # The batch sizes at which shapes are computed. An axis that follows both is the batch.
 BATCH_SIZES = (2, 3)
+# Tried for axes of unknown size: one for where there is a longest sequence, and one that can be halved. Neither is a
+# batch size, so that an axis which has to be as long as the batch does not fit.
+_UNKNOWN_SIZES = (5, 64)
 
 
+@dataclasses.dataclass(eq=False)
 class LayerCall:
     """One call of one operation.
 
@@ -28,21 +35,20 @@ class LayerCall:
         repeated: Whether it runs for every pass.
         reason: Why it does, or does not.
         origin: The call that it follows, if it is repeated because of another.
-        weights: The weights of the operation, if it is a layer.
     """
 
-    def __init__(self, name, operation, node, inputs, outputs):
-        self.name = name
-        self.operation = operation
-        self.node = node
-        self.inputs = inputs
-        self.outputs = outputs
-        self.repeated = False
-        self.reason = "deterministic"
-        self.origin = None
+    name: str
+    operation: keras.Operation
+    node: Any
+    inputs: dict[int, int | None]
+    outputs: list[int]
+    repeated: bool = False
+    reason: str = "deterministic"
+    origin: "LayerCall | None" = None
 
     @property
     def weights(self):
+        """The weights of the operation, if it is a layer."""
         return getattr(self.operation, "weights", [])
 
     def repeat(self, reason):
@@ -55,12 +61,11 @@ class LayerCall:
         self.repeat(f"follows {self.origin.name}")
 
 
+@dataclasses.dataclass(eq=False)
 class Conversion(LayerCall):
-    """How the nested model `operation` receives an input: as a tensor of the type it was made for, with its mask."""
+    """How the nested model `operation` receives an input: as a tensor like `reference`, which it was made for."""
 
-    def __init__(self, name, model, reference, inputs, output):
-        super().__init__(name, model, None, inputs, [output])
-        self.reference = reference
+    reference: Any = None
 
 
 def up_to(share, calls):
@@ -102,7 +107,7 @@ def _hint(paths, inside, close):
     return f"Close names: {', '.join(map(repr, close)) or 'none'}."
 
 
-def mark(calls, once, share, shapes, outputs):
+def mark(calls, once, share, known, outputs):
     """Marks the `calls` to repeat, except those in `once`, such that the slots `outputs` exist for every pass."""
     for call in once:
         call.reason = f"up to {share!r}"
@@ -116,7 +121,7 @@ def mark(calls, once, share, shapes, outputs):
             f"identical. Received: share={share!r}. Name an earlier layer."
         )
     producers = {slot: call for call in calls for slot in call.outputs}
-    batch = {slot for slot, pair in _pairs(shapes) if follows_batch(pair)}
+    batch = {slot for slot, specs in known.items() if _follows_batch(_shapes(specs))}
     changed = True
     while changed:
         changed = False
@@ -139,16 +144,19 @@ def mark(calls, once, share, shapes, outputs):
             changed = True
 
 
-def shapes_at(batch_size, calls, inputs):
-    """`{slot: shape}`, as far as `calls` can be run symbolically on `inputs`, `{slot: KerasTensor}`.
+def known_specs(calls, inputs):
+    """`{slot: KerasTensors at the two BATCH_SIZES}` of all tensors that `calls` are known to compute from `inputs`."""
+    first, second = (_specs_at(size, calls, inputs) for size in BATCH_SIZES)
+    return {slot: (spec, second[slot]) for slot, spec in first.items() if slot in second}
 
-    None in a shape is an axis of unknown size.
-    """
+
+def _specs_at(batch_size, calls, inputs):
+    """`{slot: KerasTensor}`, as layers declare them and operations compute them. An axis of unknown size is None."""
     declared = {None, *(tensor.shape[0] for tensor in inputs.values() if tensor.shape)}
 
     def resized(tensor):
         first = [batch_size if size in declared else size for size in tensor.shape[:1]]
-        return keras.KerasTensor((*first, *tensor.shape[1:]), dtype=tensor.dtype, sparse=tensor.sparse)
+        return _like(tensor, (*first, *tensor.shape[1:]))
 
     specs = {slot: resized(tensor) for slot, tensor in inputs.items() if tensor.shape}
     for call in calls:
@@ -169,48 +177,87 @@ def shapes_at(batch_size, calls, inputs):
             except Exception:  # Any: the shapes of what cannot be run stay unknown.
                 continue
         specs.update(zip(call.outputs, outputs))
-    return {slot: spec.shape for slot, spec in specs.items()}
+    return specs
 
 
-def why_separate(calls, shapes=None):
-    """Why the repeated `calls` must run one pass after another; None if they need not."""
-    known = dict(_pairs(shapes)) if shapes else {}
+def why_separate(model, calls, known=None):
+    """Why the repeated `calls` of `model` must run one pass after another; None if they need not."""
+    if randomness.mixes_rows(model):
+        return f"{model.name!r} declares rdrop_mixes_rows"
     for call in calls:
         if not call.repeated:
             continue
         randomness.check_stateless(call.operation)
-        layer = randomness.drawing_once_a_batch(call.operation)
-        if layer is not None:
-            return f"{layer.name!r} draws once for a whole batch"
-        if _relates_rows(call, known):
-            return f"{call.name!r} relates rows of a batch to each other"
+        reason = randomness.why_rows_relate(call.operation)
+        if reason is None and known and _relates_rows(call, known):
+            reason = f"{call.name!r} relates rows of a batch to each other"
+        if reason is not None:
+            return reason
     return None
 
 
 def _relates_rows(call, known):
-    """Whether an output row of `call` depends on several rows of the batch, as far as `known`, `{slot: shapes}`, tells.
-
-    `known` has the shapes at both batch sizes of all tensors whose shapes could be found.
-    """
+    """Whether an output row of `call` may depend on several rows of the batch, as far as shapes tell."""
     inputs = [slot for slot in call.inputs.values() if slot is not None]
-    varying = [slot for slot in inputs if slot in known and known[slot][0] != known[slot][1]]
-    if not varying or not all(slot in known for slot in inputs):
+    if not all(slot in known for slot in inputs):
+        return False  # What computes them does, or is called by one that does.
+    pairs = {slot: _shapes(known[slot]) for slot in inputs}
+    varying = [slot for slot, (first, second) in pairs.items() if first != second]
+    if not varying:
         return False
-    if _axis_is_batch(call, known):
+    if _axis_is_batch(call, pairs):
         return True
-    if randomness.treats_rows_alike(call.operation) and all(follows_batch(known[slot]) for slot in inputs):
+    if randomness.treats_rows_alike(call.operation) and all(map(_follows_batch, pairs.values())):
         return False
+
+    def outputs(specs):
+        if randomness.is_vouched_for(call.operation):
+            args, kwargs = call.node.arguments.fill_in(dict(zip(call.inputs, specs)))
+            return call.operation.compute_output_spec(*args, **kwargs)
+        return keras_private.output_spec_of_call(call.node, call.inputs, specs)
+
+    specs = zip(*((None, None) if slot is None else known[slot] for slot in call.inputs.values()))
     # Rows that were cut into equal parts, such as (N · length, channels), are still on their own.
-    return not all(slot in known and _is_proportional(known[slot]) for slot in call.outputs)
+    return not _are_apart(outputs, list(specs), _is_proportional)
 
 
-def _axis_is_batch(call, known):
-    """Whether the operation works along the batch axis of a tensor."""
+def relates_rows_of(model, inputs, training):
+    """Whether an output row of `model`, called as a whole, may depend on several rows, as far as shapes tell."""
+
+    def outputs(specs):
+        return keras_private.output_spec(lambda x: keras_private.call(model, x, training), model.variables, specs)
+
+    specs = [
+        tree.map_structure(lambda x: None if x is None else _like(x, (size, *x.shape[1:])), inputs)  # noqa: B023
+        for size in BATCH_SIZES
+    ]
+    return not _are_apart(outputs, specs, _follows_batch)
+
+
+def _are_apart(outputs, specs, follow):
+    """Whether all that `outputs` returns has rows that `follow` the rows of a batch.
+
+    Args:
+        outputs: A function from KerasTensors to KerasTensors, which runs what is examined and not what it declares.
+        specs: What it is called with at the two `BATCH_SIZES`.
+        follow: A function of a tensor's shapes at both.
+    """
+    for unknown in _UNKNOWN_SIZES:
+        with contextlib.suppress(Exception):  # Any: it does not run at this size.
+            flat = [tree.flatten(outputs(_filled(inputs, unknown))) for inputs in specs]
+            shapes = [[spec.shape for spec in tensors if spec is not None] for tensors in flat]
+            return all(map(follow, zip(*shapes)))
+    # What does not run at another batch size cannot run on the rows of all passes. Nor can a layer run on rows and a
+    # matrix of which rows are neighbours.
+    return False
+
+
+def _axis_is_batch(call, pairs):
+    """Whether the operation works along the batch axis of a tensor; `pairs` are the shapes of its inputs."""
     axes = getattr(call.operation, "axis", None)
     axes = axes if isinstance(axes, (list, tuple)) else [axes]
-    arguments = tree.flatten(call.node.arguments.args[:1]) if call.node is not None else []
-    slots = [call.inputs.get(id(tensor)) for tensor in arguments]
-    ranks = [len(known[slot][0]) for slot in slots if slot in known and follows_batch(known[slot])]
+    slots = [call.inputs.get(id(tensor)) for tensor in tree.flatten(call.node.arguments.args[:1])]
+    ranks = [len(pairs[slot][0]) for slot in slots if slot in pairs and _follows_batch(pairs[slot])]
     return any(axis in (0, -rank) for axis in axes for rank in ranks)
 
 
@@ -224,13 +271,24 @@ def _is_proportional(pair):
     return first[0] * BATCH_SIZES[1] == second[0] * BATCH_SIZES[0]
 
 
-def follows_batch(pair):
+def _follows_batch(pair):
     """Whether axis 0, and no other, is the batch, by a tensor's shapes at the two `BATCH_SIZES`."""
     first, second = pair
     return (first[:1], second[:1]) == tuple((size,) for size in BATCH_SIZES) and first[1:] == second[1:]
 
 
-def _pairs(shapes):
-    """`(slot, its shapes at the two batch sizes)` for all slots that are known at both."""
-    first, second = shapes
-    return [(slot, (shape, second[slot])) for slot, shape in first.items() if slot in second]
+def _shapes(specs):
+    return tuple(spec.shape for spec in specs)
+
+
+def _like(tensor, shape):
+    return keras.KerasTensor(shape, dtype=tensor.dtype, sparse=getattr(tensor, "sparse", False))
+
+
+def _filled(specs, size):
+    """`specs` with axes of that size where it is unknown."""
+
+    def filled(spec):
+        return spec if spec is None else _like(spec, tuple(size if axis is None else axis for axis in spec.shape))
+
+    return tree.map_structure(filled, specs)

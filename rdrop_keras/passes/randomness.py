@@ -1,4 +1,4 @@
-"""Which layers are random in training, and which are known not to be.
+"""Which layers are random in training, which are known not to be, and which relate the rows of a batch.
 
 A layer counts as deterministic only if its code is Keras's or KerasHub's and shows nothing random, or if it declares
 
@@ -7,11 +7,17 @@ A layer counts as deterministic only if its code is Keras's or KerasHub's and sh
 on the class or the layer. That promises: in training its outputs depend on its inputs and weights alone, it changes no
 state, and each row of the outputs depends on one row of the batch. `rdrop_stochastic = True` declares it random.
 
-Comes in: a model, a layer or an operation. Goes out: which layers are random, and why one counts as random. Called by:
-the other modules of `passes`, and `with_dropout`.
+    rdrop_mixes_rows = True
+
+on a layer or a model, or on its class, declares that its rows depend on each other or share one draw of random numbers.
+The passes then run one after another. Both can be declared together.
+
+Comes in: a model, a layer or an operation. Goes out: what is known of it, and why. Called by: the other modules of
+`passes`, `RDropModel` for a warning, and `with_dropout`.
 """
 
 import functools
+import inspect
 import numbers
 import re
 
@@ -85,17 +91,33 @@ def why_stochastic(operation):
     return None
 
 
+def is_vouched_for(operation):
+    """Whether all code that computes the outputs of `operation` is Keras's, KerasHub's, or declared deterministic."""
+    return all(map(_is_vouched, _parts(operation)))
+
+
 def treats_rows_alike(operation):
     """Whether `operation` is known to compute each row of its outputs from the same row of its inputs."""
-    return isinstance(operation, keras.Layer) and all(map(_is_vouched, keras_private.all_layers(operation)))
+    return (
+        isinstance(operation, keras.Layer) and is_vouched_for(operation) and not any(map(mixes_rows, _parts(operation)))
+    )
 
 
-def drawing_once_a_batch(operation):
-    """The first layer in `operation` that draws the same numbers for all rows of a batch, or None."""
-    for layer in keras_private.all_layers(operation):
+def mixes_rows(operation):
+    """Whether `operation` itself declares that its rows depend on each other."""
+    return bool(getattr(operation, "rdrop_mixes_rows", False))
+
+
+def why_rows_relate(operation):
+    """Why rows of a batch depend on each other in `operation`; None if none of its layers shows it."""
+    for layer in _parts(operation):
+        if mixes_rows(layer):
+            return f"{layer.name!r} declares rdrop_mixes_rows"
         noise_shape = getattr(layer, "noise_shape", None)
-        if type(layer).__name__ in _ONCE_A_BATCH or (noise_shape is not None and tuple(noise_shape)[:1] == (1,)):
-            return layer
+        # Any other begins with 1 or the size of one batch, or is shorter than the input and has no axis for rows.
+        for_each_row = noise_shape is None or tuple(noise_shape)[:1] == (None,)
+        if type(layer).__name__ in _ONCE_A_BATCH or not for_each_row:
+            return f"{layer.name!r} draws once for a whole batch"
     return None
 
 
@@ -113,33 +135,68 @@ def check_stateless(operation):
 def check_stochastic(model):
     """Raises if the passes of `model` would be identical.
 
+    Returns:
+        Whether a layer is known to be random. If none is, the code of the model's own may still be.
+
     Raises:
-        ValueError: If no layer is random in training. A model without any dropout layer passes if its `call`, or that
-            of a model in it, is the user's own, since it may draw random numbers by itself.
+        ValueError: If no layer is random in training, or those that are stay off.
     """
     active, inactive, opaque = classify(model)
-    if opaque or (active and keras_private.takes_training(model)):
-        return
-    if not active and not inactive and not all(map(_is_vouched, keras_private.all_layers(model))):
-        return
-    if active:
+    off = [] if keras_private.takes_training(model) else [layer for layer in active if _is_off_by_default(layer)]
+    if off:
         raise ValueError(
-            f"`{type(model).__name__}.call` has no `training` argument, so Keras keeps its dropout off in training and "
-            "the passes of R-Drop would be identical. Write `def call(self, inputs, training=None)`. "
-            f"Received: model={model.name!r} with {_listed((layer, {}) for layer in active)}."
+            f"`{type(model).__name__}.call` has no `training` argument, so Keras keeps its dropout off in training. "
+            "Write `def call(self, inputs, training=None)`. "
+            f"Received: model={model.name!r} with {_listed((layer, {}) for layer in off)}."
         )
-    raise ValueError(
-        "R-Drop needs a layer that is random in training, else all passes are identical. "
-        "Where rates are 0, as in many pretrained configurations, `rdrop_keras.with_dropout(model, 0.1)` raises them. "
-        "Elsewhere insert a `keras.layers.Dropout`, for example before the last layer. Or train with `alpha=0`. "
-        f"Received: model={model.name!r}, whose dropout layers are: {_listed(inactive) or 'none'}."
-    )
+    if not active and not opaque and (inactive or is_vouched_for(model)):
+        raise ValueError(
+            "R-Drop needs a layer that is random in training, else all passes are identical. "
+            "Where rates are 0, as in many pretrained configurations, `rdrop_keras.with_dropout(model, 0.1)` raises "
+            "them. Elsewhere insert a `keras.layers.Dropout`, for example before the last layer. Or train with "
+            f"`alpha=0`. Received: model={model.name!r}, whose dropout layers are: {_listed(inactive) or 'none'}."
+        )
+    return bool(active)
+
+
+def why_equal(model):
+    """What can be done if the passes of `model` turned out to be equal."""
+    active, _, _ = classify(model)
+    cls = type(model).__name__
+    if not active:
+        most_likely = (
+            "No layer is known to be random: insert a `keras.layers.Dropout`, for example before the last layer."
+        )
+    elif keras_private.functional(model) is None:
+        most_likely = f"Does `{cls}.call` hand `training` on to {_listed((layer, {}) for layer in active)}?"
+    else:
+        most_likely = ""
+    if not keras_private.takes_training(model):
+        most_likely += (
+            f" `{cls}.call` has no `training` argument, so Keras hands none on: write "
+            "`def call(self, inputs, training=None)`."
+        )
+    return (
+        f"{most_likely} Where all rows of a batch share one draw of random numbers, set `rdrop_mixes_rows = True` on "
+        "that layer, and the passes run one after another."
+    ).strip()
 
 
 def rates_of(layer):
     """`{name: rate}`: how strong the randomness of `layer` is, by the names under which Keras keeps it."""
     attributes = vars(layer)
     return {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
+
+
+def _parts(operation):
+    """`operation` and all layers below it."""
+    return keras_private.all_layers(operation) or [operation]
+
+
+def _is_off_by_default(layer):
+    """Whether `layer` is random only where it is told that it is training."""
+    training = inspect.signature(layer.call).parameters.get("training")
+    return training is not None and training.default is not True
 
 
 def _is_stateful(layer):

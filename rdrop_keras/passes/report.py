@@ -19,14 +19,16 @@ class Call(NamedTuple):
     """One call of a layer or operation: its name, class, number of parameters, whether it runs once, and why."""
 
     name: str
-    kind: str
+    layer_class: str
     parameters: int
     once: bool
     reason: str
 
 
 class Sharing:
-    """What the passes of R-Drop compute once. It prints as a table, in which neighbouring calls of a kind share a row.
+    """What the passes of R-Drop compute once.
+
+    It prints as a table, in which neighbouring calls with the same reason have one row.
 
     Attributes:
         calls: A list of `Call`, in the order in which they run.
@@ -39,11 +41,11 @@ class Sharing:
     def __init__(self, graph: PairedGraph) -> None:
         self.calls = [
             Call(
-                call.name,
-                type(call.operation).__name__,
-                num_parameters(call.weights),
-                not call.repeated,
-                call.reason,
+                name=call.name,
+                layer_class=type(call.operation).__name__,
+                parameters=num_parameters(call.weights),
+                once=not call.repeated,
+                reason=call.reason,
             )
             for call in graph.calls
         ]
@@ -71,7 +73,7 @@ def sharing(model: keras.Model, share: str = "deterministic") -> Sharing:
     per step. A layer counts as random if it is random or may be: a subclassed model, a `Lambda`, an activation of your
     own, a layer from outside Keras and KerasHub that does not set `rdrop_stochastic = False`, a layer with
     non-trainable variables other than batch normalization. A layer also runs for every pass if axis 0 of its output is
-    not the batch.
+    not the batch. `.summary` tells whether the passes run one after another, and why.
 
     Args:
         model: A built `keras.Model`, or an `RDropModel` around one.
