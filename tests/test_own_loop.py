@@ -1,4 +1,4 @@
-"""The loops in docs/own-loop.md make the step that `RDropModel` makes, and that an oracle computes."""
+"""The loops in docs/own-loop.md make the step that `fit` makes, and that an oracle computes."""
 
 import pathlib
 import re
@@ -13,8 +13,9 @@ import reference
 from models import to_numpy
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "own-loop.md").read_text(encoding="utf-8")
-SET_UP, *LOOPS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-(LOOP,) = (loop for loop in LOOPS if loop.startswith(f"# KERAS_BACKEND={keras.backend.backend()}\n"))
+SET_UP, *BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+OF_BACKEND = f"# KERAS_BACKEND={keras.backend.backend()}\n"
+LOOP = next(block for block in BLOCKS if block.startswith(OF_BACKEND) and "for start in" in block)
 ROWS, WIDTH = 8, 6
 
 
@@ -50,8 +51,12 @@ def test_one_step(num_passes):
     x, y = rng.normal(size=(ROWS, 4)).astype("float32"), rng.integers(0, 3, size=ROWS)
     names = {"__name__": "page"}
     exec(compile(SET_UP, "own-loop.md", "exec"), names)
-    model = make_model(masks)
-    names |= {"model": model, "x": x, "y": y, "batch_size": ROWS, "num_passes": num_passes}
+    alpha, loss = names["alpha"], names["loss"]
+    model = rdrop_keras.RDropModel(make_model(masks), alpha, num_passes=num_passes, share="nothing")
+    model.compile(keras.optimizers.SGD(names["learning_rate"]), loss)
+    names |= {"model": model, "x": x, "y": y, "batch_size": ROWS}
+    if keras.backend.backend() == "tensorflow":
+        names["tf"] = __import__("tensorflow")
     before = [to_numpy(variable).astype("float64") for variable in model.trainable_variables]
     exec(compile(LOOP, "own-loop.md", "exec"), names)
 
@@ -59,14 +64,26 @@ def test_one_step(num_passes):
     kernel, bias, last_kernel, last_bias = before
     hidden = np.tanh(x.astype("float64") @ kernel + bias)
     passes = [hidden * mask @ last_kernel + last_bias for mask in masks]
-    value, _, consistency = reference.objective(passes, y, reference.sparse_cross_entropy, reference.kl, names["alpha"])
+    value, _, consistency = reference.objective(passes, y, reference.sparse_cross_entropy, reference.kl, alpha)
     assert consistency > 0.01
-    np.testing.assert_allclose(ops.convert_to_numpy(names["value"]), value, rtol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(ops.stop_gradient(names["value"])), value, rtol=1e-5)
+    assert model._num_steps == 1
 
-    # The weights after a step of `RDropModel`.
-    theirs = rdrop_keras.RDropModel(make_model(masks), names["alpha"], num_passes=num_passes, share="nothing")
-    theirs.compile(keras.optimizers.SGD(names["learning_rate"]), names["loss"], run_eagerly=False)
+    # The weights after a step of `fit`.
+    theirs = rdrop_keras.RDropModel(make_model(masks), alpha, num_passes=num_passes, share="nothing")
+    theirs.compile(keras.optimizers.SGD(names["learning_rate"]), loss, run_eagerly=False)
     theirs.train_on_batch(x, y)
     for ours, other, old in zip(model.trainable_variables, theirs.trainable_variables, before):
         assert np.abs(to_numpy(ours) - old).max() > 1e-3
         np.testing.assert_allclose(to_numpy(ours), to_numpy(other), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_differ():
+    """With `every`, the number of passes that `training_step` gives is that of the rows of the outputs."""
+    model = rdrop_keras.RDropModel(make_model(np.ones((2, ROWS, WIDTH))), every=2)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for expected in (2, 1, 2):
+        with model.training_step() as num_passes:
+            outputs = model(np.ones((ROWS, 4), "float32"), training=True)
+            model.compute_loss(None, np.zeros(ROWS), outputs)
+        assert num_passes == expected and len(outputs) == expected * ROWS
