@@ -23,6 +23,9 @@ from rdrop_keras.wrapper.tf_trainer import TFTrainerFixes
 # What `keras.Model` does in training and the wrapper does in the model's place.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
 
+# What needs no compiled loss.
+_WITHOUT_LOSS = ("predict", "predict_on_batch")
+
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
@@ -112,6 +115,7 @@ class WrapperModel(ModelAttributes, TFTrainerFixes):
         self.built = model.built
         self._as_is = as_is
         self._evaluating = False
+        self._quantized: dict[str, str] = {}
         self._num_steps = 0  # Steps made. No variable: it decides which program runs.
         self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
         # As it is, a model draws nothing that it would not draw alone.
@@ -362,6 +366,14 @@ class WrapperModel(ModelAttributes, TFTrainerFixes):
 
     def _with_data(self, method, args, kwargs, evaluation=False):
         """Calls `keras.Model`'s method; while `evaluation`, the logs are those of the wrapped model."""
+        cls = type(self).__name__
+        if self.model.compiled and not self.compiled and method not in _WITHOUT_LOSS:
+            raise ValueError(
+                f"The model inside is compiled, and the {cls} around it is not: it trains with an optimizer and a loss "
+                f"of its own. Call `compile` of the {cls}. Received: `{method}` of {self.name!r}."
+            )
+        if keras.backend.backend() == "tensorflow":
+            self._drop_stale_programs()
         before, self._evaluating = self._evaluating, evaluation
         try:
             if preprocessing.pipeline_class(self.model) is None:
@@ -369,6 +381,14 @@ class WrapperModel(ModelAttributes, TFTrainerFixes):
             return preprocessing.run(method, self.model, self, args, kwargs)
         finally:
             self._evaluating = before
+
+    def _drop_stale_programs(self):
+        """Drops the programs of TensorFlow if the model inside was quantized, which drops its own alone."""
+        layers = keras_private.all_layers(self.model)
+        quantized = {layer.path: layer.quantization_mode for layer in layers if layer.quantization_mode is not None}
+        if quantized != self._quantized:
+            self._quantized = quantized
+            self.train_function = self.test_function = self.predict_function = None
 
     # Files.
     def export(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
