@@ -1,0 +1,82 @@
+"""A wrapper in files: whole ones, with the states of random generators, in formats from which it can be loaded.
+
+Comes in: paths, stores and configurations. Goes out: what Keras saves and loads. Called by: users, and Keras's saving.
+"""
+
+import os
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+from rdrop_keras.wrapper import checkpoints, formats, random_state
+from rdrop_keras.wrapper.attributes import ModelAttributes
+
+
+class SavedWrapper(ModelAttributes):
+    """A wrapper that is saved with the model inside, and exported as that model alone."""
+
+    _num_steps: int
+    _torch_seed: Any
+
+    def export(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
+        return self.model.export(filepath, *args, **kwargs)
+
+    def save(
+        self, filepath: str | os.PathLike[str], overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Saves as `keras.Model.save`, whose arguments it takes; an existing file is replaced when the new is whole.
+
+        Raises:
+            ValueError: If `filepath` is one of the older HDF5 format.
+        """
+        formats.check_format(filepath, type(self).__name__)
+        if zipped is False:
+            super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+            return
+        with checkpoints.replacing(filepath, ".keras", overwrite, self._saved_variables()) as path:
+            super().save(path, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def save_weights(
+        self, filepath: str | os.PathLike[str], overwrite: bool = True, max_shard_size: float | None = None
+    ) -> None:
+        """Saves as `keras.Model.save_weights`, whose arguments it takes, and replaces as `save` does."""
+        with checkpoints.replacing(filepath, ".weights.h5", overwrite, self._saved_variables()) as path:
+            super().save_weights(path, overwrite=overwrite, max_shard_size=max_shard_size)
+
+    def load_weights(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Loads as `keras.Model.load_weights`, whose arguments it takes; also a file of the wrapped model alone."""
+        if formats.is_of_model_alone(filepath):
+            self.model.load_weights(filepath, *args, **kwargs)
+        else:
+            super().load_weights(filepath, *args, **kwargs)
+
+    def save_own_variables(self, store: Any) -> None:
+        random_state.save(store, self.model, self._torch_seed)
+        store["num_steps"] = np.array(self._num_steps)
+
+    def load_own_variables(self, store: Any) -> None:
+        random_state.load(store, self.model, self._torch_seed)
+        if "num_steps" in set(store.keys()):
+            self._num_steps = int(np.array(store["num_steps"]))
+
+    def get_config(self) -> dict[str, Any]:
+        # Of what the model inside was itself compiled with the wrapper has no need.
+        return {"name": self.name, "model": _uncompiled(keras.saving.serialize_keras_object(self.model))}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
+        return cls(**{**config, "model": model})
+
+    def _saved_variables(self):
+        optimizer = getattr(self, "optimizer", None)
+        return self.variables + (optimizer.variables if optimizer is not None else [])
+
+
+def _uncompiled(config):
+    """The configuration of a model without what it was compiled with."""
+    if isinstance(config, dict):
+        return {key: _uncompiled(value) for key, value in config.items() if key != "compile_config"}
+    return list(map(_uncompiled, config)) if isinstance(config, list) else config

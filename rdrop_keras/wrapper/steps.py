@@ -1,0 +1,184 @@
+"""Training steps of a wrapper: whichever `train_step` its class has, and those of loops of one's own.
+
+Comes in: Keras's calls of `train_step`, or a loop around `training_step`. Goes out: the same within a `step.Step`, with
+random states, replicas and the count of steps taken care of. Called by: Keras, and users.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from rdrop_keras import keras_private
+from rdrop_keras.wrapper import random_state, replicas, step
+from rdrop_keras.wrapper.attributes import ModelAttributes
+from rdrop_keras.wrapper.tf_trainer import TFTrainerFixes
+
+
+def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`train_step`, a method of a `WrapperModel`, as a step of that wrapper: Keras's own, or one that overrides it."""
+
+    @functools.wraps(train_step)
+    def step_of_wrapper(self, *args):
+        if step.current() is not None:  # `super().train_step` in an override.
+            return train_step(self, *args)
+        if self._as_is:
+            with step.training():
+                return train_step(self, *args)
+        with self._in_step(self.passes_of_step(self._num_steps) if self._traced is None else self._traced):
+            if keras.backend.backend() == "jax":
+                return self._with_own_state(train_step, *args)
+            return train_step(self, *args)
+
+    return step_of_wrapper
+
+
+class TrainingSteps(ModelAttributes, TFTrainerFixes):
+    """A wrapper whose steps are its own whatever `train_step` a subclass has."""
+
+    train_function: Any
+    _as_is: bool  # Trains just as Keras does.
+    _num_steps: int  # Steps made. No variable: it decides which program runs.
+    _traced: int | None  # The passes of the program that runs, which it may be tracing.
+    _torch_seed: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "train_step" in vars(cls):
+            setattr(cls, "train_step", _step_of_wrapper(cls.train_step))  # noqa: B010 (a method, for type checkers)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "train_step":  # As a subclass's.
+            given = value
+            value = types.MethodType(_step_of_wrapper(lambda self, *args: given(*args)), self)
+        super().__setattr__(name, value)
+
+    # What subclasses override.
+    @property
+    def passes_of_steps(self) -> tuple[int, ...]:
+        """What `passes_of_step` may return; each has a program of its own."""
+        return (1,)
+
+    def described_steps(self) -> str:
+        """What makes steps differ in their passes, for messages."""
+        return f"steps of {' and '.join(map(str, self.passes_of_steps))} passes"
+
+    def passes_of_step(self, number: int) -> int:
+        """How often the rows of the batch stand in the outputs of the step of that number."""
+        return self.passes_of_steps[0]
+
+    @property
+    def training_metrics(self) -> Sequence[keras.Metric]:
+        """Metrics that `evaluate` does not report."""
+        return ()
+
+    def check_step(self, made: step.Step, error: Exception | None) -> None:
+        """Raises if the step `made` was none of the subclass's; `error` is what it ended with."""
+
+    # Keras's trainers, and loops of one's own.
+    def train_step(self, *args: Any) -> Any:
+        return super().train_step(*args)
+
+    train_step = _step_of_wrapper(train_step)
+
+    @contextlib.contextmanager
+    def training_step(self) -> Iterator[int]:
+        """Within it, a loop of one's own makes a training step of this wrapper.
+
+        There `model(x, training=True)` returns the rows of all passes, and `model.compute_loss(x, y, outputs,
+        sample_weight)` is the loss that `fit` minimizes. The model must be compiled with a loss; optimizer and metrics
+        are the loop's own affair. At its end the step is counted. Under `tf.distribute` it belongs into the function
+        of one replica.
+
+        Yields:
+            The number of passes of the step. A function that is compiled, by `tf.function` or `jax.jit`, needs it as
+            an argument that is static if steps of this model differ in it.
+
+        Raises:
+            RuntimeError: If the model is not compiled with a loss.
+        """
+        if self._compile_loss is None:
+            raise RuntimeError(
+                f"`training_step` needs the compiled loss of this {type(self).__name__}: "
+                "`compile(optimizer, loss=...)` first; the optimizer may be one that you do not use."
+            )
+        num_passes = self.passes_of_step(self._num_steps)
+        with step.training(num_passes) if self._as_is else self._in_step(num_passes):
+            yield num_passes
+        self._num_steps += 1
+
+    @contextlib.contextmanager
+    def _in_step(self, num_passes):
+        """Within it, this wrapper makes a step of so many passes."""
+        of_replica = replicas.own_masks(self.model)
+        with step.training(num_passes) as made, random_state.drawing_from(self._torch_seed), of_replica:
+            try:
+                yield
+            except Exception as error:
+                self.check_step(made, error)
+                raise
+            self.check_step(made, None)
+
+    def _with_own_state(self, train_step, state, data):
+        """`train_step(self, state, data)` on JAX, where variables of the wrapper are part of the state.
+
+        Keras's own step hands them to the loss. A step of a subclass often computes the loss without them; what they
+        are then given belongs into the state that it returns.
+        """
+        own = [*keras_private.own_variables(self), *(v for metric in self.training_metrics for v in metric.variables)]
+        own = {id(variable) for variable in own}
+        _, others, _, metrics = state
+        pairs = [*zip(self.non_trainable_variables, others), *zip(self.metrics_variables, metrics)]
+        with keras.StatelessScope([pair for pair in pairs if id(pair[0]) in own]) as scope:
+            before = {id(v): scope.get_current_value(v) for v, _ in pairs if id(v) in own}
+            logs, (trainable, others, optimizer, metrics) = train_step(self, state, data)
+
+        def updated(variables, values):
+            after = [scope.get_current_value(v) if id(v) in own else None for v in variables]
+            return [
+                value if new is None or new is before[id(variable)] else new
+                for variable, new, value in zip(variables, after, values)
+            ]
+
+        others = updated(self.non_trainable_variables, others)
+        metrics = updated(self.metrics_variables, metrics)
+        values = {id(variable): value for variable, value in zip(self.metrics_variables, metrics)}
+        for metric in self.training_metrics:
+            if metric.name in logs:
+                logs[metric.name] = metric.stateless_result([values[id(variable)] for variable in metric.variables])
+        return logs, (trainable, others, optimizer, metrics)
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Makes the programs of training, one for each number of passes."""
+        if self._as_is:
+            super().make_train_function(force)
+            return
+        if self.train_function is not None and not force:
+            return
+        own = self.__dict__.get("train_step")
+        given = self.train_step
+        functions = {}
+        for num_passes in self.passes_of_steps:
+            # A function of its own each time: JAX would take the program of an equal one from its cache.
+            self.__dict__["train_step"] = lambda *args: given(*args)
+            try:
+                super().make_train_function(force=True)
+            finally:
+                del self.__dict__["train_step"]
+                if own is not None:
+                    self.__dict__["train_step"] = own
+            functions[num_passes] = self.train_function
+
+        def train_function(*args):
+            self._traced = self.passes_of_step(self._num_steps)
+            try:
+                result = functions[self._traced](*args)
+            finally:
+                self._traced = None
+            self._num_steps += self.steps_per_execution
+            return result
+
+        self.train_function = train_function
