@@ -13,7 +13,7 @@ import socket
 import statistics
 import sys
 
-PACKAGES = ("jax", "keras", "keras-hub", "numpy", "tensorflow", "torch")
+PACKAGES = ("jax", "keras", "keras-hub", "numpy", "tensorflow", "torch", "transformers")
 DEPTH_OF_A_RUN = 2  # A run has numbers, and lists and objects of them.
 
 
@@ -21,23 +21,34 @@ def provenance(shown=()):
     """What a number needs beside it: command, versions, hardware.
 
     Args:
-        shown: `(value, what to write in its place)` of arguments that say where files are on this machine.
+        shown: As for `command_line`.
     """
-    command = " ".join(["python", _script(), *sys.argv[1:]])
-    for value, name in shown:
-        command = command.replace(str(value), name)
     # `keras_hub` is imported where a package of another name gave it, such as its nightly build.
     imported = [package for package in PACKAGES if package.replace("-", "_") in sys.modules]
     return {
-        "command": command,
+        "command": command_line(shown),
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in imported}},
         "hardware": hardware(),
     }
 
 
+def command_line(shown=()):
+    """What started this process.
+
+    Args:
+        shown: `(value, what to write in its place)` of arguments that say where files are on this machine.
+    """
+    command = " ".join(["python", _script(), *sys.argv[1:]])
+    for value, name in shown:
+        command = command.replace(str(value), name)
+    return command
+
+
 def hardware():
-    """The accelerators of JAX, or the cores that this process may use."""
-    jax = sys.modules.get("jax")
+    """The accelerators of JAX or PyTorch, or the cores that this process may use."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():  # First, since Keras may have imported JAX without using it.
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     if jax is not None and jax.default_backend() != "cpu":
         devices = jax.local_devices()
         return f"{len(devices)} × {devices[0].device_kind}"

@@ -4,6 +4,7 @@ On PyTorch it is that README's code; on JAX and TensorFlow, what their users mak
 so that all else is what `RDropModel` trains.
 """
 
+import contextlib
 import functools
 
 import keras
@@ -27,11 +28,12 @@ def loop(model, x, y):
     return train
 
 
-def _on_torch(model, x, y):
+def step_on_torch(forward, parameters, y, context=contextlib.nullcontext):
+    """A step of that README: `forward()` returns logits, and is called twice; `context` is around all of the loss."""
     import torch
 
     F = torch.nn.functional  # noqa: N806 - as in the README, and in all code for PyTorch.
-    optimizer = torch.optim.SGD([variable.value for variable in model.trainable_variables], LEARNING_RATE)
+    optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
 
     def compute_kl_loss(p, q):
         p_loss = F.kl_div(F.log_softmax(p, dim=-1), F.softmax(q, dim=-1), reduction="none")
@@ -42,10 +44,11 @@ def _on_torch(model, x, y):
         return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
     def step():
-        logits = model(x, training=True)
-        logits2 = model(x, training=True)
-        ce_loss = 0.5 * (cross_entropy_loss(logits) + cross_entropy_loss(logits2))
-        loss = ce_loss + ALPHA * compute_kl_loss(logits, logits2)
+        with context():
+            logits = forward()
+            logits2 = forward()
+            ce_loss = 0.5 * (cross_entropy_loss(logits) + cross_entropy_loss(logits2))
+            loss = ce_loss + ALPHA * compute_kl_loss(logits, logits2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -54,7 +57,12 @@ def _on_torch(model, x, y):
     return step
 
 
-def _on_jax(model, x, y):
+def _on_torch(model, x, y):
+    return step_on_torch(lambda: model(x, training=True), [variable.value for variable in model.trainable_variables], y)
+
+
+def program_on_jax(model):
+    """A function of `(state, (x, y))` to be compiled, which returns `(loss, state)`, and its first state."""
     import jax
     import jax.numpy as jnp
 
@@ -72,17 +80,24 @@ def _on_jax(model, x, y):
         kl = (kl_loss(p, q) + kl_loss(q, p)) / 2
         return 0.5 * (cross_entropy_loss(y, p) + cross_entropy_loss(y, q)) + ALPHA * kl, others
 
-    def step_of(trainable, others, x, y):
-        (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable, others, x, y)
-        return [w - LEARNING_RATE * g for w, g in zip(trainable, gradients)], others, loss
+    def two_calls(state, data):
+        trainable, others = state
+        (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable, others, *data)
+        return loss, ([w - LEARNING_RATE * g for w, g in zip(trainable, gradients)], others)
 
-    compiled = jax.jit(step_of, donate_argnums=(0, 1))
     weights = model.trainable_variables, model.non_trainable_variables
-    state = [[variable.value for variable in variables] for variables in weights]
+    return two_calls, tuple([variable.value for variable in variables] for variables in weights)
+
+
+def _on_jax(model, x, y):
+    import jax
+
+    program, state = program_on_jax(model)
+    compiled = jax.jit(program, donate_argnums=0)
 
     def step():
         nonlocal state
-        *state, loss = compiled(*state, x, y)
+        loss, state = compiled(state, (x, y))
         return loss
 
     return step
