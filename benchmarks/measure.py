@@ -24,7 +24,7 @@ def provenance(shown=()):
         shown: As for `command_line`.
     """
     # `keras_hub` is imported where a package of another name gave it, such as its nightly build.
-    imported = [package for package in PACKAGES if package.replace("-", "_") in sys.modules]
+    imported = [package for package in PACKAGES if sys.modules.get(package.replace("-", "_"))]
     return {
         "command": command_line(shown),
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in imported}},
