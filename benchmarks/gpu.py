@@ -151,7 +151,7 @@ def main():
         found = {pool.submit(measured, case, args.tiny, lock, deadline): case for case in missing}
         for future in concurrent.futures.as_completed(found):
             name, result = name_of(found[future]), future.result()
-            results[name] = {"provenance": {"command": measure.command_line()}, **result}
+            results[name] = {**result, "provenance": result.get("provenance", {"command": measure.command_line()})}
             print(f"{name}: {result.get('error') or format(1000 * result['seconds'], '.2f') + ' ms'}", flush=True)
             if args.out:
                 measure.write_runs(args.out, results)

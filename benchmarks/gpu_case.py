@@ -279,8 +279,9 @@ def main():
     step, wait, found = ENGINES[args.engine](args.network, args.variant, rows, sizes, args.lock)
     with held(args.lock, fcntl.LOCK_EX):
         signal.alarm(SECONDS_TO_TIME)
-        result = {"rows": rows, **timed(step, wait, args.tiny), **found, "peak_MiB": peak_memory()}
-    print(json.dumps({**result, "provenance": measure.provenance()}))
+        result = {**timed(step, wait, args.tiny), **found, "peak_MiB": peak_memory()}
+    result = {name: measure.rounded(value) for name, value in result.items()}
+    print(json.dumps({"rows": rows, **result, "provenance": measure.provenance()}))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ def read_runs(path):
     }
 
 
+def rounded(value):
+    """Five digits of a number, or of each in a list."""
+    return [rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.5g}")
+
+
 def mean_and_deviation(values, mean_format, deviation_format=None):
     """`"0.931 ± 0.002"`, the mean and sample standard deviation; the mean alone of one value, nothing of none."""
     if not values:

@@ -249,18 +249,18 @@ class Trainer:
         trained = time.perf_counter()
         self.network.set_weights(best.weights)
         result = {
-            task.score_name: task.score(self.network),
-            "validation loss": min(best.losses),
+            task.score_name: measure.rounded(task.score(self.network)),
+            "validation loss": measure.rounded(min(best.losses)),
             "best piece": 1 + best.losses.index(min(best.losses)),
             "steps": steps * self.pieces,
-            "validation losses": [float(f"{loss:.5g}") for loss in best.losses],
-            "loss": history["loss"][-1],
-            "seconds to begin": round(built - began, 2),
-            "seconds of training": round(trained - built, 2),
-            "seconds": round(time.perf_counter() - began, 2),
+            "validation losses": measure.rounded(best.losses),
+            "loss": measure.rounded(history["loss"][-1]),
+            "seconds to begin": measure.rounded(built - began),
+            "seconds of training": measure.rounded(trained - built),
+            "seconds": measure.rounded(time.perf_counter() - began),
         }
         if "consistency_loss" in history:
-            result["consistency_loss"] = history["consistency_loss"][-1]
+            result["consistency_loss"] = measure.rounded(history["consistency_loss"][-1])
         return result
 
 

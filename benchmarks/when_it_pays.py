@@ -139,21 +139,17 @@ def run(task, variant, setting, num_steps, seed, measure_divergence=False):
     result = {
         **setting,
         "steps": steps * EVALUATIONS,
-        "validation losses": rounded(best.losses),
-        "test loss": rounded(loss),
-        "test": {name: rounded(value) for name, value in score.items()},
-        "seconds": rounded(time.perf_counter() - began),
+        "validation losses": measure.rounded(best.losses),
+        "test loss": measure.rounded(loss),
+        "test": {name: measure.rounded(value) for name, value in score.items()},
+        "seconds": measure.rounded(time.perf_counter() - began),
     }
     if measure_divergence:
-        result["divergences"] = rounded(history["divergence"])
+        result["divergences"] = measure.rounded(history["divergence"])
     for name in ("task_loss", "consistency_loss", "alpha"):
         if name in history:
-            result[name] = rounded(history[name][-1])
+            result[name] = measure.rounded(history[name][-1])
     return result
-
-
-def rounded(value):
-    return [rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.5g}")
 
 
 def prices(task, variants, setting):
@@ -174,8 +170,8 @@ def prices(task, variants, setting):
             models[variant].train_on_batch(*batch)
             seconds[variant].append(time.perf_counter() - began)
     plain = seconds[PLAIN]
-    result = {v: rounded(statistics.median(a / b for a, b in zip(seconds[v], plain))) for v in variants}
-    return {"price": result, "plain step": rounded(statistics.median(plain))}
+    result = {v: measure.rounded(statistics.median(a / b for a, b in zip(seconds[v], plain))) for v in variants}
+    return {"price": result, "plain step": measure.rounded(statistics.median(plain))}
 
 
 # ## All runs
@@ -249,7 +245,7 @@ class Runs:
         plain = search(PLAIN, [{"learning_rate": rate, "dropout": dropout} for rate, dropout in grid])
         with_alpha = search(THROUGHOUT, [{**plain, "alpha": alpha} for alpha in task.alphas])
         reached = pilot["divergences"][best]
-        targets = [rounded(part * reached) for part in TARGETS]
+        targets = [measure.rounded(part * reached) for part in TARGETS]
         with_target = search(BUDGET, [{**plain, "target": target} for target in targets])
         chosen = dict.fromkeys(variants_of(task), with_alpha) | {PLAIN: plain, BUDGET: with_target}
         return unit, price, chosen
