@@ -126,7 +126,7 @@ def run(task, variant, setting, num_steps, seed, measure_divergence=False):
     ]
     if measure_divergence:
         x, y, weights = task.data["validation"]
-        callbacks.append(rdrop_keras.InconsistencyMonitor(x, y, weights, passes=2, batch_size=100))
+        callbacks.append(rdrop_keras.InconsistencyMonitor(x, y, weights, num_passes=2, batch_size=100))
     source = batches(task, seed)
     history = model.fit(
         source, steps_per_epoch=steps, epochs=EVALUATIONS, verbose=0, callbacks=callbacks, shuffle=False

@@ -1,7 +1,7 @@
-"""The divergences between passes, and which one a compiled loss asks for.
+"""The divergences between passes.
 
-Pure functions of the passes' outputs. What rows weigh and how they are averaged is not decided here but in
-`objective.py`.
+Pure functions of the passes' outputs. Which output has which is decided in `divergence_of_output.py`, what rows weigh
+and how they are averaged in `output_loss.py`.
 
 The divergences that are linear in m come from one identity. For passes i, j of m, with bars for means over passes,
 
@@ -11,12 +11,12 @@ the sample covariance over passes. The symmetric KL of Eq. 2 of the paper is ½(
 ½ Σ_c (P_c − Q_c)(log P_c − log Q_c), hence Σ_c cov(P_c, log P_c); a squared difference is 2 cov(x, x).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeAlias
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 # No probability below this reaches a logarithm: the smallest normal float32. Keras clips at 1e-7, where KL and its
 # gradient stop growing at log-ratios of 16.
@@ -121,29 +121,6 @@ _FUNCTIONS = {"bernoulli_kl": _bernoulli_kl, "js": _js, "kl": _kl, "mse": _mse}
 NAMES = tuple(sorted(_FUNCTIONS))
 Name: TypeAlias = Literal["bernoulli_kl", "js", "kl", "mse"]
 
-_REGRESSION = (
-    keras.losses.huber,
-    keras.losses.log_cosh,
-    keras.losses.mean_absolute_error,
-    keras.losses.mean_absolute_percentage_error,
-    keras.losses.mean_squared_error,
-    keras.losses.mean_squared_logarithmic_error,
-)
-_SOFTMAX = (
-    keras.losses.categorical_crossentropy,
-    keras.losses.categorical_focal_crossentropy,
-    keras.losses.kl_divergence,
-    keras.losses.sparse_categorical_crossentropy,
-)
-_SIGMOID = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
-# What `divergence="auto"` chooses. Losses that say too little of what the outputs are (hinge, Poisson, cosine, Dice,
-# CTC, one's own) are left out: the user chooses.
-_OF_LOSS = {
-    **dict.fromkeys(_REGRESSION, "mse"),
-    **dict.fromkeys(_SIGMOID, "bernoulli_kl"),
-    **dict.fromkeys(_SOFTMAX, "kl"),
-}
-
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
 class Divergence:
@@ -219,7 +196,7 @@ class Divergence:
         passes = [ops.convert_to_tensor(output) for output in outputs]
         if len(passes) < 2:
             raise ValueError(f"A divergence needs the outputs of at least two passes. Received: {len(passes)}.")
-        passes = [ops.cast(output, keras.backend.result_type(output.dtype, "float32")) for output in passes]
+        passes = [widened(output) for output in passes]
         if len(passes[0].shape) == 1:
             passes = [ops.expand_dims(output, axis=-1) for output in passes]  # As Keras's losses see one output a row.
         self.check_axis(passes[0].shape)
@@ -239,6 +216,11 @@ class Divergence:
                 f"`axis` must be one of an output's axes behind the batch, 1 to {rank - 1} or -1 to {1 - rank}. "
                 f"Received: axis={self.axis} with an output of shape {tuple(shape)} (batch, …)."
             )
+
+    @property
+    def decides(self) -> bool:
+        """Whether outputs are decisions: not those of a regression."""
+        return self.name != "mse"
 
     def decisions(self, output: Any) -> Any:
         """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` whether it is likely."""
@@ -265,84 +247,6 @@ class Divergence:
         return f"Divergence({self.name!r}, from_logits={self.from_logits}, axis={self.axis})"
 
 
-# What an `RDropModel` takes for one output, and for all.
-OfOutput: TypeAlias = Literal["auto"] | Name | Divergence
-OfModel: TypeAlias = OfOutput | Mapping[str, Any] | Sequence[Any]
-
-
-def check(divergence):
-    """Raises if `divergence` is nothing that an `RDropModel` takes for its divergences."""
-    choices = ("auto", *NAMES)
-    for leaf in tree.flatten(divergence):
-        if isinstance(leaf, str) and leaf not in choices:
-            raise ValueError(
-                f"`divergence` must be one of {', '.join(map(repr, choices))}, or a rdrop_keras.Divergence. "
-                f"Received: divergence={leaf!r}."
-            )
-        if not isinstance(leaf, (str, Divergence)) and (leaf is not None or divergence is None):
-            raise TypeError(
-                f"`divergence` must be one of {', '.join(map(repr, choices))}, a rdrop_keras.Divergence, or a dict or "
-                f"list of these. Received: divergence={leaf!r} ({type(leaf).__name__})."
-            )
-
-
-def resolve(divergence, loss, output):
-    """The `Divergence` for one output, what it leaves open filled in from its compiled loss.
-
-    Args:
-        divergence: A name, `"auto"` or a `Divergence`.
-        loss: What was compiled for the output: a Keras loss, its name, or any callable.
-        output: The output's name, for messages; None if it has none.
-
-    Raises:
-        ValueError: If the loss does not tell what is left open.
-    """
-    if not isinstance(divergence, (str, Divergence)):
-        raise TypeError(
-            f"`divergence` must be 'auto', one of {', '.join(map(repr, NAMES))}, a `rdrop_keras.Divergence`, or a dict "
-            f"or list of these, one per output. Received: divergence={divergence!r} ({type(divergence).__name__})."
-        )
-    loss = keras.losses.get(loss)
-    function = _builtin_function(loss)
-    where = "the model's output" if output is None else f"output {output!r}"
-    if isinstance(divergence, str) and divergence == "auto":
-        if function is None:
-            raise ValueError(
-                f"`divergence='auto'` cannot read a divergence off the loss of {where}: {_describe(loss)}. Pass "
-                f"`divergence=rdrop_keras.Divergence(name, from_logits=...)` with name one of "
-                f"{', '.join(map(repr, NAMES))}; for several outputs, a dict with one for each."
-            )
-        divergence = _OF_LOSS[function]
-    if isinstance(divergence, str):
-        divergence = Divergence(divergence)
-    config = loss.get_config() if function is not None and function is not loss else {}
-    from_logits = divergence.from_logits
-    if from_logits is None and divergence.name != "mse":
-        if function not in _SOFTMAX + _SIGMOID:
-            raise ValueError(
-                f"The loss of {where}, {_describe(loss)}, does not tell whether that output holds logits or "
-                f"probabilities, which divergence {divergence.name!r} must know. Pass "
-                f"`divergence=rdrop_keras.Divergence({divergence.name!r}, from_logits=...)`."
-            )
-        from_logits = bool(config.get("from_logits", False))
-    axis = config.get("axis", -1) if divergence.axis is None else divergence.axis
-    return Divergence(divergence.name, from_logits, axis)
-
-
-def ignored_class(loss):
-    """The label that `loss` leaves out of its sum and denominator, or None (`SparseCategoricalCrossentropy`)."""
-    return None if _builtin_function(loss) is None else loss.get_config().get("ignore_class")
-
-
-def _builtin_function(loss):
-    """The function of `keras.losses` in `_OF_LOSS` that `loss` is or wraps, else None."""
-    if isinstance(loss, keras.losses.Loss):
-        # A subclass with a `call` of its own may read the outputs in another way.
-        if type(loss).call is not keras.losses.MeanSquaredError.call:
-            return None
-        loss = loss.fn
-    return next((function for function in _OF_LOSS if function is loss), None)
-
-
-def _describe(loss):
-    return getattr(loss, "__name__", None) or type(loss).__name__
+def widened(output):
+    """`output` in float32, or in its own dtype where that is wider."""
+    return ops.cast(output, keras.backend.result_type(output.dtype, "float32"))

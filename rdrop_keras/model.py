@@ -14,10 +14,10 @@ import keras
 from keras import ops, tree
 
 from rdrop_keras import alpha as alphas
-from rdrop_keras import divergences, keras_private
+from rdrop_keras import divergence_of_output, keras_private
 from rdrop_keras.arguments import check_integer
 from rdrop_keras.first_pass import FirstPassMetrics
-from rdrop_keras.objective import RDropLoss, StepMeans
+from rdrop_keras.objective import RDropLoss, RowMeans, check_logs
 from rdrop_keras.passes import Passes, check_dropout_rates, check_share, randomness
 from rdrop_keras.wrapper import replicas, step
 from rdrop_keras.wrapper.wrapper_model import WrapperModel
@@ -71,7 +71,9 @@ class RDropModel(WrapperModel):
             over R-Drop's steps. Defaults to 1.
         divergence: D. `"auto"`, the default, reads it off the compiled loss of each output: `"kl"` for categorical
             cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. Or one of these names, `"js"`,
-            or a `rdrop_keras.Divergence`; or a dict or list with one of them for each output.
+            or a `rdrop_keras.Divergence`, or a function of your own: of the list of the m outputs, in float32, to one
+            value for each element of the batch, of shape `(batch, …)`, by rights the mean over all pairs of passes. A
+            registered function is saved. Or a dict or list with one of them for each output.
         num_passes: m ≥ 2 (section 4.3 of the paper). Defaults to 2.
         every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are R-Drop's and the others plain, of one pass;
             `consistency_loss` is averaged over the first, NaN in an epoch without them, and `task_loss` over all. Not
@@ -111,7 +113,7 @@ class RDropModel(WrapperModel):
     ['accuracy', 'consistency_loss', 'loss', 'task_loss']
     """
 
-    divergence: divergences.OfModel
+    divergence: divergence_of_output.OfModel
     num_passes: int
     every: int
     start: int
@@ -124,7 +126,7 @@ class RDropModel(WrapperModel):
         self,
         model: keras.Model,
         alpha: alphas.Alpha = 1.0,
-        divergence: divergences.OfModel = "auto",
+        divergence: divergence_of_output.OfModel = "auto",
         num_passes: int = 2,
         every: int = 1,
         start: int = 0,
@@ -133,7 +135,7 @@ class RDropModel(WrapperModel):
         name: str | None = None,
     ) -> None:
         alphas.check_alpha(alpha)
-        divergences.check(divergence)
+        divergence_of_output.check(divergence)
         check_integer("num_passes", num_passes, least=2)
         check_integer("every", every, least=1)
         check_integer("start", start, least=0)
@@ -148,8 +150,9 @@ class RDropModel(WrapperModel):
         self.dropout_rates = None if dropout_rates is None else tuple(map(float, dropout_rates))
         self.share = share
         self._alpha = alphas.make(alpha, self)
-        self._logs = StepMeans(["task_loss", "consistency_loss"], name="rdrop")
-        self._alpha_log = StepMeans(["alpha"], name="rdrop_alpha") if self._alpha.moves else None
+        self._logs = RowMeans(["task_loss", "consistency_loss"], name="rdrop")
+        self._alpha_log = RowMeans(["alpha"], name="rdrop_alpha") if self._alpha.moves else None
+        self._logs_are_checked = False
         self._warned_of_no_effect = False
         self._passes: Any = None if is_plain else Passes(model, share, self.dropout_rates)
 
@@ -195,21 +198,26 @@ class RDropModel(WrapperModel):
                 f"is what most classifiers choose. Received: optimizer={optimizer!r}, loss={loss!r}."
             )
         super().compile(optimizer, loss, *args, **kwargs)
+        self._logs_are_checked = False
         if self._passes is not None:
             self._passes.refresh()
 
     def make_loss(self, loss: Any, loss_weights: Any) -> RDropLoss:
         if all(leaf is None for leaf in tree.flatten(loss)):
             raise ValueError(
-                "R-Drop needs a compiled `loss`: `compile(optimizer, loss=...)`; without one only `alpha=0` can be "
-                f"trained. Received: loss={loss}."
+                "R-Drop needs a compiled `loss`, since it compares the outputs that have one: what a layer adds by "
+                "`add_loss` has no outputs. Take the loss out of the layer and compile it, and tell the wrapper what "
+                'the outputs are: `RDropModel(model, divergence=rdrop_keras.Divergence("kl", from_logits=True))` for '
+                "logits. If it has to stay in the layer, compile "
+                "`loss=lambda y, outputs: 0.0 * keras.ops.mean(outputs, axis=-1)`, and give `fit` any `y` of as many "
+                f"rows. Without a compiled loss only `alpha=0` can be trained. Received: loss={loss}."
             )
         return RDropLoss(
             loss,
             loss_weights,
             getattr(self, "output_names", None),
+            self.divergence,
             alpha=self._alpha,
-            divergence=self.divergence,
             logs=self._logs,
             alpha_log=self._alpha_log,
         )
@@ -234,6 +242,17 @@ class RDropModel(WrapperModel):
         """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Returns the logs; see `keras.Model.get_metrics_result`.
+
+        Raises:
+            ValueError: If an output or a metric is logged by a name by which R-Drop logs.
+        """
+        if not self._logs_are_checked:
+            check_logs(self.metrics, self.training_metrics)
+            self._logs_are_checked = True
+        return super().get_metrics_result()
 
     def check_step(self, made: step.Step, error: Exception | None) -> None:
         if not made.called or made.loss_made:
@@ -289,7 +308,7 @@ class RDropModel(WrapperModel):
             self._warned_of_no_effect = True
             warnings.warn(f"{warning} Received: {self.name!r}.", stacklevel=3)
 
-    def _weighed(self, consistency):
+    def _current_term(self, consistency):
         """What a consistency loss of that value adds to the loss, by the α of now: `α/m · consistency`, a float."""
         return float(ops.convert_to_numpy(self._alpha.current())) / self.num_passes * consistency
 

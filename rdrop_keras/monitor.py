@@ -7,6 +7,7 @@ users, directly or through the callback.
 """
 
 import contextlib
+import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from keras import ops
 from rdrop_keras import keras_private
 from rdrop_keras.arguments import check_integer
 from rdrop_keras.model import RDropModel
-from rdrop_keras.objective import RDropLoss
+from rdrop_keras.objective import RowMeans
+from rdrop_keras.output_loss import logged
 from rdrop_keras.passes import Passes, tiling
-from rdrop_keras.wrapper import preprocessing, random_state, step
+from rdrop_keras.passes_loss import PassesLoss
+from rdrop_keras.wrapper import preprocessing, random_state
 from rdrop_keras.wrapper.wrapper_model import unwrapped
 
 
@@ -30,47 +33,41 @@ class Estimate(NamedTuple):
     error: float
 
 
+@dataclasses.dataclass(repr=False)
 class Inconsistency:
     """The result of `inconsistency`.
 
     Attributes:
-        passes: How many sub-models were drawn.
+        num_passes: How many sub-models were drawn.
         full_model_loss: The compiled loss with dropout off, a float.
         submodel_loss: The mean compiled loss of a sub-model, an `Estimate` like all that follow.
         gap: |sub-model loss − full-model loss|, which Proposition 2.1 of the paper bounds by the divergence.
-        divergence: The mean divergence between two sub-models: R-Drop's consistency loss.
+        divergence: The mean divergence between two sub-models, which R-Drop's consistency loss is in training.
         agreement: The fraction of decisions that two sub-models have in common. A decision is the most likely class, or
-            yes or no for a sigmoid output. NaN for a regression.
+            yes or no for a sigmoid output. NaN for a regression, and for a divergence that is a function of your own.
         agreement_with_full: The fraction that a sub-model and the full model have in common.
     """
 
-    def __init__(
-        self,
-        passes: int,
-        full_model_loss: float,
-        submodel_loss: Estimate,
-        gap: Estimate,
-        divergence: Estimate,
-        agreement: Estimate,
-        agreement_with_full: Estimate,
-    ) -> None:
-        self.passes = passes
-        self.full_model_loss = full_model_loss
-        self.submodel_loss = submodel_loss
-        self.gap = gap
-        self.divergence = divergence
-        self.agreement = agreement
-        self.agreement_with_full = agreement_with_full
+    num_passes: int
+    full_model_loss: float
+    submodel_loss: Estimate
+    gap: Estimate
+    divergence: Estimate
+    agreement: Estimate
+    agreement_with_full: Estimate
 
     def to_dict(self) -> dict[str, float]:
         """`{name: value}`, with `<name>_error` for the standard error of each estimate."""
-        result = {"passes": self.passes, "full_model_loss": self.full_model_loss}
+        result = {"num_passes": self.num_passes, "full_model_loss": self.full_model_loss}
         for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
             result[name], result[f"{name}_error"] = getattr(self, name)
         return result
 
     def __repr__(self) -> str:
-        rows = [f"Inconsistency of {self.passes} sub-models", f"  {'full_model_loss':20} {self.full_model_loss:.5g}"]
+        rows = [
+            f"Inconsistency of {self.num_passes} sub-models",
+            f"  {'full_model_loss':20} {self.full_model_loss:.5g}",
+        ]
         for name in ("submodel_loss", "gap", "divergence", "agreement", "agreement_with_full"):
             value, error = getattr(self, name)
             rows.append(f"  {name:20} {value:.5g} ± {error:.2g}")
@@ -82,41 +79,41 @@ def inconsistency(
     x: Any = None,
     y: Any = None,
     sample_weight: Any = None,
-    passes: int = 8,
+    num_passes: int = 8,
     batch_size: int | None = None,
 ) -> Inconsistency:
     """Measures what R-Drop is meant to shrink: the gap between training and inference that dropout makes.
 
-    For each batch `passes` new sub-models are drawn. Losses and divergences are weighted, masked and reduced like the
-    compiled loss. Batch normalization runs in inference mode, so that sub-models differ by dropout alone. The model is
-    left as it was, including its statistics, its metrics and the state of its random generators.
+    For each batch `num_passes` new sub-models are drawn. Losses and divergences are weighted, masked and reduced like
+    the compiled loss. Batch normalization runs in inference mode, so that sub-models differ by dropout alone. The model
+    is left as it was, including its statistics, its metrics and the state of its random generators.
 
     Args:
         model: A compiled `RDropModel`, or any compiled `keras.Model` whose loss tells its divergence.
         x: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task its raw inputs.
         y: Targets, as for `Model.evaluate`.
         sample_weight: Weights of rows, as for `Model.evaluate`.
-        passes: The number of sub-models, at least 2. All run in one forward pass, so memory grows with it.
+        num_passes: The number of sub-models, at least 2. All run in one forward pass, so memory grows with it.
         batch_size: Rows of a batch, as for `Model.evaluate`.
 
     Returns:
         An `Inconsistency`. Each of its estimates has a standard error over the sub-models.
 
     Raises:
-        TypeError: If `model` is no `keras.Model` or `passes` no integer.
-        ValueError: If `passes` is below 2, or the model is not built, or no layer of it is random in training.
+        TypeError: If `model` is no `keras.Model` or `num_passes` no integer.
+        ValueError: If `num_passes` is below 2, or the model is not built, or no layer of it is random in training.
         RuntimeError: If the model is not compiled with a loss.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.3), keras.layers.Dense(3)])
     >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> result = rdrop_keras.inconsistency(model, np.ones((32, 8)), np.zeros(32), passes=4)
+    >>> result = rdrop_keras.inconsistency(model, np.ones((32, 8)), np.zeros(32), num_passes=4)
     >>> result.divergence.value > 0
     True
     """
-    check_integer("passes", passes, least=2)
-    return _Measurement(model, passes)(x, y, sample_weight, batch_size)
+    check_integer("num_passes", num_passes, least=2)
+    return _Measurement(model, num_passes)(x, y, sample_weight, batch_size)
 
 
 class InconsistencyMonitor(keras.callbacks.Callback):
@@ -125,26 +122,26 @@ class InconsistencyMonitor(keras.callbacks.Callback):
     Other callbacks and `History` find them there, if they come after it.
 
     Args:
-        x, y, sample_weight, passes, batch_size: As for `inconsistency`. The data must be readable more than once.
+        x, y, sample_weight, num_passes, batch_size: As for `inconsistency`. The data must be readable more than once.
         every: Measures at the end of every `every`-th epoch. The epochs between repeat the last values, and those
             before the first have NaN. Defaults to 1.
 
     Raises:
-        TypeError: If `passes` or `every` is no integer.
-        ValueError: If `passes` is below 2 or `every` below 1.
+        TypeError: If `num_passes` or `every` is no integer.
+        ValueError: If `num_passes` is below 2 or `every` below 1.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dropout(0.3), keras.layers.Dense(3)])
     >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    >>> monitor = rdrop_keras.InconsistencyMonitor(np.ones((32, 8)), np.zeros(32), passes=4)
+    >>> monitor = rdrop_keras.InconsistencyMonitor(np.ones((32, 8)), np.zeros(32), num_passes=4)
     >>> history = model.fit(np.ones((32, 8)), np.zeros(32), callbacks=[monitor], verbose=0)
     >>> sorted(history.history)
     ['agreement', 'divergence', 'gap', 'loss', 'submodel_loss']
     """
 
     every: int
-    passes: int
+    num_passes: int
 
     def __init__(
         self,
@@ -152,29 +149,29 @@ class InconsistencyMonitor(keras.callbacks.Callback):
         y: Any = None,
         sample_weight: Any = None,
         every: int = 1,
-        passes: int = 8,
+        num_passes: int = 8,
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
         check_integer("every", every, least=1)
-        check_integer("passes", passes, least=2)
+        check_integer("num_passes", num_passes, least=2)
         self.data = (x, y, sample_weight, batch_size)
         self.every = every
-        self.passes = passes
+        self.num_passes = num_passes
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._measure = _Measurement(self.model, self.passes)
+        self._measure = _Measurement(self.model, self.num_passes)
         self._names = ["gap", "submodel_loss", "divergence", "agreement"]
         if isinstance(self.model, RDropModel) and self.model.alpha != 0:
-            self._names.append("consistency_share")
+            self._names.append("consistency_fraction")
         self._last = dict.fromkeys(self._names, float("nan"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if (epoch + 1) % self.every == 0:
             result = self._measure(*self.data).to_dict()
-            if "consistency_share" in self._names:
-                term = self.model._weighed(result["divergence"])
-                result["consistency_share"] = term / (result["submodel_loss"] + term)
+            if "consistency_fraction" in self._names:
+                term = self.model._current_term(result["divergence"])
+                result["consistency_fraction"] = term / (result["submodel_loss"] + term)
             self._last = {name: result[name] for name in self._names}
         if logs is not None:
             logs.update(self._last)
@@ -183,7 +180,7 @@ class InconsistencyMonitor(keras.callbacks.Callback):
 class _Measurement:
     """Measures one model any number of times with one compiled program."""
 
-    def __init__(self, model, passes):
+    def __init__(self, model, num_passes):
         wrapped = unwrapped(model)
         if not model.compiled or model.loss is None:
             raise RuntimeError(
@@ -194,18 +191,13 @@ class _Measurement:
                 "`model` must be built: give it an Input, call it on a batch, or train it first. "
                 f"Received: model={model.name!r}, which is not."
             )
-        loss = RDropLoss(
-            model.loss,
-            keras_private.loss_weights(model),
-            getattr(wrapped, "output_names", None),
-            alpha=None,
-            divergence=model.divergence if isinstance(model, RDropModel) else "auto",
-            logs=None,
-        )
+        divergence = model.divergence if isinstance(model, RDropModel) else "auto"
+        names = getattr(wrapped, "output_names", None)
+        loss = PassesLoss(model.loss, keras_private.loss_weights(model), names, divergence)
         self._model = wrapped
-        self._passes = passes
+        self._num_passes = num_passes
         with keras_private.strategy_scope(wrapped):
-            self._probe = _Probe(wrapped, loss, passes)
+            self._probe = _Probe(wrapped, loss, num_passes)
             self._probe.compile(loss=None, optimizer=None)
 
     def __call__(self, x, y, sample_weight, batch_size):
@@ -215,15 +207,15 @@ class _Measurement:
                 self._probe.evaluate(**arguments)
             else:
                 preprocessing.run("evaluate", self._model, self._probe, (), arguments)
-        full, losses, divergences, agreements, with_full = self._probe.sums()
+        full, losses, divergences, agreements, with_full = self._probe.means()
         full_model_loss, submodel_loss = full.item(), _over_passes(losses)
         return Inconsistency(
-            self._passes,
+            self._num_passes,
             full_model_loss,
             submodel_loss,
             Estimate(abs(submodel_loss.value - full_model_loss), submodel_loss.error),
-            _over_pairs(divergences, self._passes),
-            _over_pairs(agreements, self._passes),
+            _over_pairs(divergences, self._num_passes),
+            _over_pairs(agreements, self._num_passes),
             _over_passes(with_full),
         )
 
@@ -231,72 +223,51 @@ class _Measurement:
 class _Probe(keras.Model):
     """Evaluates the full model and sub-models of `model`, and averages what `Inconsistency` needs."""
 
-    def __init__(self, model, loss, passes):
+    def __init__(self, model, loss, num_passes):
         super().__init__(name="inconsistency", dtype=model.dtype_policy, autocast=False)
         self.model = model
         self.built = True
         self._measured_loss = loss
-        self._passes = passes
+        self._num_passes = num_passes
         self._call_passes = Passes(model)
-        self._pairs = list(itertools.combinations(range(passes), 2))
-        self._vector = _VectorMean(1 + 2 * passes + 2 * len(self._pairs))
+        self._pairs = list(itertools.combinations(range(num_passes), 2))
+        num_values = 1 + 2 * num_passes + 2 * len(self._pairs)
+        self._means = RowMeans(["loss", *map(str, range(1, num_values))], name="means")
 
     def call(self, inputs, training=None):
-        passes = self._call_passes(inputs, self._passes, True)
+        passes = self._call_passes(inputs, self._num_passes, True)
         return {"full": keras_private.call(self.model, inputs, False), "passes": passes}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        full, passes = y_pred["full"], tiling.split(y_pred["passes"], self._passes)
-        loss = self._measured_loss
-        if not loss.built:
-            loss.build(y, full)
+        full, passes = y_pred["full"], tiling.split(y_pred["passes"], self._num_passes)
+        if not self._measured_loss.built:
+            self._measured_loss.build(y, full)
 
         def terms(*outputs):
-            with step.training(len(outputs)):
-                return loss.terms(y, tiling.concatenate(outputs), sample_weight)
+            return self._measured_loss.terms(y, tiling.concatenate(outputs), sample_weight, len(outputs))
 
         def agreement(pair):
             return ops.convert_to_tensor(float("nan")) if pair.agreement is None else pair.agreement()
 
         pairs = [terms(passes[i], passes[j]) for i, j in self._pairs]
         values = [
-            *(keras_private.unscale_loss_for_distribution(terms(output).task) for output in (full, *passes)),
-            *(keras_private.unscale_loss_for_distribution(pair.consistency) for pair in pairs),
-            *(keras_private.unscale_loss_for_distribution(agreement(pair)) for pair in pairs),
-            *(keras_private.unscale_loss_for_distribution(agreement(terms(full, output))) for output in passes),
+            *(logged(terms(output).task) for output in (full, *passes)),
+            *(logged(pair.consistency) for pair in pairs),
+            *map(agreement, pairs),
+            *(agreement(terms(full, output)) for output in passes),
         ]
         rows = ops.shape(keras.tree.flatten(full)[0])[0]
-        self._vector.update_state(ops.stack([ops.cast(value, "float32") for value in values]), sample_weight=rows)
+        self._means.record(dict(zip(self._means.names, values)), rows)
         return values[0]
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        return {"loss": self._vector.result()}
-
-    def sums(self):
-        """Full-model loss; sub-models' losses; divergences and agreements of pairs; agreements with the full model."""
-        values = ops.convert_to_numpy(self._vector.means()).astype("float64")
-        num_pairs = len(self._pairs)
-        return np.split(values, np.cumsum([1, self._passes, num_pairs, num_pairs]))
-
-
-class _VectorMean(keras.metrics.Metric):
-    """The mean over rows of several values at once."""
-
-    def __init__(self, size):
-        super().__init__(name="loss", dtype="float32")
-        self.total = self.add_variable(shape=(size,), initializer="zeros", name="total")
-        self.count = self.add_variable(shape=(), initializer="zeros", name="count")
-
-    def update_state(self, values, sample_weight):
-        weight = ops.cast(sample_weight, "float32")
-        self.total.assign(self.total + values * weight)
-        self.count.assign(self.count + weight)
+        return {"loss": self._means.result()["loss"]}
 
     def means(self):
-        return self.total / self.count
-
-    def result(self):
-        return ops.divide_no_nan(self.total[0], self.count)
+        """Full-model loss; sub-models' losses; divergences and agreements of pairs; agreements with the full model."""
+        values = ops.convert_to_numpy(self._means.means()).astype("float64")
+        num_pairs = len(self._pairs)
+        return np.split(values, np.cumsum([1, self._num_passes, num_pairs, num_pairs]))
 
 
 @contextlib.contextmanager
@@ -319,13 +290,13 @@ def _over_passes(values):
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
-def _over_pairs(values, passes):
+def _over_pairs(values, num_passes):
     """The mean over pairs of passes. Pairs that share a pass are not independent, so its error is the jackknife's."""
-    matrix = np.zeros((passes, passes))
-    matrix[np.triu_indices(passes, 1)] = values
+    matrix = np.zeros((num_passes, num_passes))
+    matrix[np.triu_indices(num_passes, 1)] = values
     per_pass = (matrix + matrix.T).sum(axis=1)
-    if passes == 2:
+    if num_passes == 2:
         return Estimate(float(values.mean()), float("nan"))
-    without = (values.sum() - per_pass) / (len(values) - (passes - 1))
-    error = np.sqrt((passes - 1) / passes * np.square(without - without.mean()).sum())
+    without = (values.sum() - per_pass) / (len(values) - (num_passes - 1))
+    error = np.sqrt((num_passes - 1) / num_passes * np.square(without - without.mean()).sum())
     return Estimate(float(values.mean()), float(error))

@@ -87,6 +87,50 @@ def test_mirrored_options(name, replicas):
 
 
 @pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("alpha", [4.0, slow(KLBudget(0.01, step=0.5))], ids=["fixed", "budget"])
+def test_mirrored_run_eagerly(alpha):
+    """There the sizes of an uneven batch are known, and count all the same."""
+    expected = steps(model(alpha=alpha), True)
+    with mirrored(2).scope():
+        distributed = model(alpha=alpha)
+    distributed.run_eagerly = True
+    assert_same(steps(distributed, True), expected)
+
+
+def two_outputs(reductions):
+    keras.utils.set_random_seed(2)
+    x = keras.Input((4,))
+    h = NoiseOfTheRow()(layers.Dense(8, activation="tanh")(x))
+    inner = keras.Model(x, {"a": layers.Dense(3, name="a")(h), "b": layers.Dense(3, name="b")(h)})
+    wrapped = RDropModel(inner, KLBudget(0.05, step=0.5))
+    of_output = [losses.SparseCategoricalCrossentropy(from_logits=True, reduction=each) for each in reductions]
+    wrapped.compile(keras.optimizers.SGD(0.1), dict(zip("ab", of_output)), loss_weights={"a": 0.5, "b": 2.0})
+    return wrapped
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize(
+    "reductions",
+    [("sum", "sum_over_batch_size"), slow(("sum", "sum")), slow(("mean_with_sample_weight", "sum"))],
+    ids="-".join,
+)
+def test_mirrored_budget_of_sums(reductions):
+    """α moves by the consistency loss of the whole batch, whatever of it are sums over rows."""
+    y = {"a": Y, "b": Y}
+    with mirrored(2).scope():
+        distributed = two_outputs(reductions)
+    single = two_outputs(reductions)
+    runs = [
+        each.fit(X, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["alpha"]
+        for each in (distributed, single)
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert runs[0][0] != runs[0][1]
+    for a, b in zip(distributed.get_weights(), single.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("replicas", [2, slow(4)])
 def test_mirrored_masks(replicas):
     with mirrored(replicas).scope():

@@ -7,7 +7,7 @@ from keras import ops
 
 import reference
 from rdrop_keras import Divergence, RDropModel
-from rdrop_keras.divergences import resolve
+from rdrop_keras.divergence_of_output import resolve
 
 ORACLES = {
     ("kl", True): (reference.kl, lambda a: a),

@@ -49,7 +49,7 @@ def test_by_hand(weights, batch_size):
     model = keras.Model(inputs, Chosen(shifts)(inputs))
     model.compile("sgd", LOSS)
     z = X[:, :3]
-    result = inconsistency(model, z, Y, sample_weight=weights, passes=3, batch_size=batch_size)
+    result = inconsistency(model, z, Y, sample_weight=weights, num_passes=3, batch_size=batch_size)
     w = np.ones(40) if weights is None else weights.astype("float64")
     losses = [cross_entropy(z + shift, w) for shift in shifts]
     full = cross_entropy(z, w)
@@ -83,7 +83,7 @@ def test_no_dropout_but_one_row_block_is_no_inconsistency():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, Chosen(np.zeros((4, 3)))(inputs))
     model.compile("sgd", LOSS)
-    result = inconsistency(model, X[:, :3], Y, passes=4)
+    result = inconsistency(model, X[:, :3], Y, num_passes=4)
     for estimate in (result.gap, result.divergence):
         np.testing.assert_allclose(estimate, 0, atol=1e-6)
     np.testing.assert_allclose(result.agreement, (1, 0), atol=1e-6)
@@ -104,12 +104,12 @@ def test_leaves_no_trace():
         import torch
 
         torch_state = torch.get_rng_state()
-    inconsistency(model, X, Y, passes=3)
+    inconsistency(model, X, Y, num_passes=3)
     for value, variable in zip(before, model.variables):
         np.testing.assert_array_equal(value, to_numpy(variable))
     assert {k: float(v) for k, v in model.get_metrics_result().items()} == {k: float(v) for k, v in metrics.items()}
     assert [layer.trainable for layer in inner.layers] == trainable
-    assert model.layers == [inner]
+    assert model.layers == inner.layers
     if torch_state is not None:
         assert (torch.get_rng_state() == torch_state).all()
 
@@ -119,7 +119,7 @@ def test_batch_normalization_is_in_inference():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3)(layers.Dropout(1e-6)(layers.BatchNormalization()(inputs))))
     model.compile("sgd", LOSS)
-    assert inconsistency(model, 5 + 3 * X, Y, passes=2).gap.value < 1e-3
+    assert inconsistency(model, 5 + 3 * X, Y, num_passes=2).gap.value < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_batch_normalization_is_in_inference():
 def test_other_losses(loss, activation, agrees):
     model = mlp(outputs=2, activation=activation)
     model.compile("sgd", loss)
-    result = inconsistency(model, X, np.eye(3)[Y][:, :2], passes=3)
+    result = inconsistency(model, X, np.eye(3)[Y][:, :2], num_passes=3)
     assert result.divergence.value > 0
     assert np.isfinite(result.agreement.value) == agrees
     assert not agrees or 0 < result.agreement.value <= 1
@@ -143,8 +143,8 @@ def test_data():
     """Arrays and generators. The draws differ, and the full model does not."""
     model = RDropModel(mlp(), 1.0)
     model.compile("sgd", LOSS)
-    a = inconsistency(model, X, Y, passes=2, batch_size=20)
-    b = inconsistency(model, ((X[i : i + 20], Y[i : i + 20]) for i in (0, 20)), passes=2)
+    a = inconsistency(model, X, Y, num_passes=2, batch_size=20)
+    b = inconsistency(model, ((X[i : i + 20], Y[i : i + 20]) for i in (0, 20)), num_passes=2)
     np.testing.assert_allclose(a.full_model_loss, b.full_model_loss, rtol=1e-6)
     loss = model.evaluate(X, Y, verbose=0)
     np.testing.assert_allclose(a.full_model_loss, loss, rtol=1e-5)
@@ -163,7 +163,7 @@ def test_tf_data(replicas):
         keras.utils.set_random_seed(1)
         model = RDropModel(mlp(), 1.0)
         model.compile("sgd", LOSS)
-    result = inconsistency(model, tf.data.Dataset.from_tensor_slices((X, Y)).batch(20), passes=3)
+    result = inconsistency(model, tf.data.Dataset.from_tensor_slices((X, Y)).batch(20), num_passes=3)
     np.testing.assert_allclose(result.full_model_loss, model.evaluate(X, Y, verbose=0), rtol=1e-5)
     assert result.divergence.value > 0
 
@@ -183,7 +183,7 @@ def test_raw_strings():
     )
     model = RDropModel(task, 1.0)
     model.compile("sgd", LOSS)
-    result = inconsistency(model, ["a good film", "a bad film"], np.array([1, 0]), passes=3)
+    result = inconsistency(model, ["a good film", "a bad film"], np.array([1, 0]), num_passes=3)
     assert result.divergence.value > 0
 
 
@@ -191,7 +191,7 @@ def test_monitor(tmp_path):
     model = RDropModel(mlp(), 1.0)
     model.compile("sgd", LOSS)
     log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
-    callbacks = [InconsistencyMonitor(X, Y, every=2, passes=2), log]
+    callbacks = [InconsistencyMonitor(X, Y, every=2, num_passes=2), log]
     history = model.fit(X, Y, epochs=5, verbose=0, callbacks=callbacks).history
     assert set(history) > NAMES
     for name in NAMES:
@@ -207,7 +207,7 @@ def test_result():
     result = rdrop_keras.monitor.Inconsistency(
         8, 0.2, **values, agreement=(0.9, 0.03), agreement_with_full=(float("nan"), float("nan"))
     )
-    assert result.to_dict()["gap_error"] == 0.01 and result.to_dict()["passes"] == 8
+    assert result.to_dict()["gap_error"] == 0.01 and result.to_dict()["num_passes"] == 8
     lines = repr(result).splitlines()
     assert lines[0] == "Inconsistency of 8 sub-models"
     assert lines[3].split() == ["gap", "0.1", "±", "0.01"]
@@ -217,8 +217,8 @@ def test_errors():
     model = mlp()
     with pytest.raises(RuntimeError, match=r"must be compiled with a loss"):
         inconsistency(model, X, Y)
-    with pytest.raises(ValueError, match=r"`passes` must be an integer ≥ 2. Received: passes=1"):
-        inconsistency(model, X, Y, passes=1)
+    with pytest.raises(ValueError, match=r"`num_passes` must be an integer ≥ 2. Received: num_passes=1"):
+        inconsistency(model, X, Y, num_passes=1)
     with pytest.raises(TypeError, match=r"`model` must be a keras.Model. Received: model='m' \(str\)"):
         inconsistency("m", X, Y)
     with pytest.raises(ValueError, match=r"`every` must be an integer ≥ 1. Received: every=0"):
@@ -240,10 +240,10 @@ def test_share_of_the_objective():
     """α/m · D over the whole; a model trained without R-Drop has none."""
     model = RDropModel(mlp(rate=0.4), 3.0, num_passes=3)
     model.compile(keras.optimizers.SGD(0.01), LOSS)
-    monitor = InconsistencyMonitor(X, Y, passes=4)
+    monitor = InconsistencyMonitor(X, Y, num_passes=4)
     logs = {name: value[0] for name, value in model.fit(X, Y, verbose=0, callbacks=[monitor]).history.items()}
     term = 3.0 / 3 * logs["divergence"]
-    np.testing.assert_allclose(logs["consistency_share"], term / (logs["submodel_loss"] + term), rtol=1e-6)
+    np.testing.assert_allclose(logs["consistency_fraction"], term / (logs["submodel_loss"] + term), rtol=1e-6)
     plain = RDropModel(mlp(rate=0.4), 0)
     plain.compile(keras.optimizers.SGD(0.01), LOSS)
-    assert "consistency_share" not in plain.fit(X, Y, verbose=0, callbacks=[monitor]).history
+    assert "consistency_fraction" not in plain.fit(X, Y, verbose=0, callbacks=[monitor]).history

@@ -94,7 +94,7 @@ def test_rows_that_relate_to_each_other(name):
 def test_related_rows_differ_between_passes():
     model = RDropModel(functional(lambda x: similarities(dense(x)), rate=0.3))
     assert min(fit(model, y=np.arange(N))["consistency_loss"]) > 0
-    assert inconsistency(model, X, np.arange(N), passes=3, batch_size=N).divergence.value > 0
+    assert inconsistency(model, X, np.arange(N), num_passes=3, batch_size=N).divergence.value > 0
     assert "relates rows of a batch to each other" in sharing(model).summary
 
 

@@ -29,7 +29,7 @@ def curves(folder):
 def test_tensorboard_shows_what_rdrop_logs(tmp_path, alpha):
     model = rdrop_keras.RDropModel(mlp(), alpha)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    callbacks = [rdrop_keras.InconsistencyMonitor(X, Y, passes=2), keras.callbacks.TensorBoard(tmp_path)]
+    callbacks = [rdrop_keras.InconsistencyMonitor(X, Y, num_passes=2), keras.callbacks.TensorBoard(tmp_path)]
     history = model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, verbose=0).history
     found = curves(tmp_path / "train")
     names = {"loss", "task_loss", "consistency_loss", "gap", "submodel_loss", "divergence", "agreement"}

@@ -83,7 +83,7 @@ WRONG = {
     'rdrop_keras.Divergence("lk")': 'Argument 1 to "Divergence" has incompatible type "Literal[\'lk\']"',
     "rdrop_keras.KLBudget()": 'Missing positional argument "target" in call to "KLBudget"',
     'rdrop_keras.with_dropout(plain, rate="0.1")': 'Argument "rate" to "with_dropout" has incompatible type "str"',
-    'rdrop_keras.inconsistency(plain, passes="8")': 'Argument "passes" to "inconsistency" has incompatible type "str"',
+    'rdrop_keras.inconsistency(plain, num_passes="8")': 'Argument "num_passes" to "inconsistency" has incompat',
     "rdrop_keras.inconsistency(plain).gpa": '"Inconsistency" has no attribute "gpa"',
 }
 

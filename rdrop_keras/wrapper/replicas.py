@@ -35,22 +35,22 @@ def row_scale(inputs):
     return None if context is None else _row_scale(context, inputs)
 
 
-def weigh(loss):
+def scaled_gradient(loss):
     """`loss`, a mean over this replica's rows, with the gradient that it has as part of the mean over all rows.
 
     Its value stays the same, since Keras weights by rows what it logs.
     """
-    share = _share()
-    if share is None:
+    scale = _current_row_scale()
+    if scale is None:
         return loss
-    share = ops.cast(share, loss.dtype)
-    return share * loss + ops.stop_gradient((1 - share) * loss)
+    scale = ops.cast(scale, loss.dtype)
+    return scale * loss + ops.stop_gradient((1 - scale) * loss)
 
 
-def weighed_value(value):
+def scaled_value(value):
     """`value`, a mean over this replica's rows, scaled such that its mean over replicas is the mean over all rows."""
-    share = _share()
-    return value if share is None else ops.cast(share, value.dtype) * value
+    scale = _current_row_scale()
+    return value if scale is None else ops.cast(scale, value.dtype) * value
 
 
 def after(tensor):
@@ -71,7 +71,7 @@ def total(value):
     return value if context is None else context.all_reduce("SUM", value)
 
 
-def _share():
+def _current_row_scale():
     """The replica's rows in the current step, as a multiple of the mean over replicas; None if all have as many."""
     current = step.current()
     return None if current is None else current.row_scale
@@ -91,8 +91,9 @@ def _row_scale(context, inputs):
     tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
     import tensorflow as tf
 
-    # A batch of static size is always full and split evenly. TPUs accept only such batches.
-    if tensor.shape[0] is not None or isinstance(context.strategy, tf.distribute.TPUStrategy):
+    # In a program, a batch of static size is always full and split evenly. TPUs accept only such batches.
+    in_program = not tf.executing_eagerly()
+    if isinstance(context.strategy, tf.distribute.TPUStrategy) or (in_program and tensor.shape[0] is not None):
         return None
 
     def total(strategy, rows):

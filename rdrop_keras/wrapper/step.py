@@ -1,10 +1,11 @@
 """The current training step, for code that Keras calls in the middle of it without telling it our state.
 
 Comes in: the number of passes, from `WrapperModel`. Goes out: a `Step`, to the model's call, the loss and the replicas.
-Two context variables hold all such state in the package. They are not attributes of the model, since
+Three context variables hold all such state in the package. They are not attributes of the model, since
 `MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
 
 - `_current`, here: Keras calls `Model.call` and the loss by itself.
+- `output_loss._reading`: Keras calls the loss of each output by itself.
 - `tf_trainer._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
 """
 
@@ -27,7 +28,6 @@ class Step:
         loss_made: Whether the loss has been computed. If a step computes it again, the first is what is logged.
         row_scale: The replica's rows as a multiple of the mean over replicas; None if all have as many.
         kept: What the first loss of the step keeps for another.
-        notes: What the parts of the loss leave for the whole.
     """
 
     num_passes: int = 1
@@ -35,7 +35,6 @@ class Step:
     loss_made: bool = False
     row_scale: Any = None
     kept: Any = None
-    notes: list[Any] = dataclasses.field(default_factory=list)
 
 
 def current() -> Step | None:

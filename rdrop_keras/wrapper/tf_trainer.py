@@ -31,7 +31,7 @@ class TFTrainerFixes(keras.Model):
     """A `keras.Model` whose trainer for TensorFlow is mended."""
 
     def _aggregate_additional_loss(self, loss):
-        return replicas.weigh(super()._aggregate_additional_loss(loss))
+        return replicas.scaled_gradient(super()._aggregate_additional_loss(loss))
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         def specification():
