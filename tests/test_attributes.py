@@ -151,5 +151,7 @@ def test_saved_model_has_the_signature_of_the_model(tmp_path):
     model = RDropModel(functional())
     tf.saved_model.save(model, tmp_path)
     loaded = tf.saved_model.load(tmp_path)
+    expected = model.predict(X, verbose=0)
     (served,) = loaded.signatures["serving_default"](inputs=tf.constant(X)).values()
-    np.testing.assert_allclose(served, model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
+    assert tf.lite.TFLiteConverter.from_saved_model(str(tmp_path)).convert()
