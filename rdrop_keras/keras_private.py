@@ -37,6 +37,7 @@ __all__ = [
     "converted",
     "copied_operation",
     "copy_annotations",
+    "declares_shape",
     "default",
     "functional",
     "get_keras_mask",
@@ -270,6 +271,12 @@ def call_as_trained(model, inputs, training):
     if keras.backend.backend() != "jax":
         return call(model, inputs, training)
     return model.call(inputs, training=training) if takes_training(model) else model.call(inputs)
+
+
+def declares_shape(operation):
+    """Whether `operation` says itself what it returns for KerasTensors; else Keras runs its `call` symbolically."""
+    names = ("compute_output_shape", "compute_output_spec")
+    return any(getattr(type(operation), name, None) is not getattr(keras.Layer, name) for name in names)
 
 
 def output_spec(function, variables, *specs):

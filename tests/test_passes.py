@@ -253,6 +253,60 @@ def test_full_batch_of_a_graph(name, share):
     np.testing.assert_allclose(histories[1]["task_loss"], histories[0]["loss"], rtol=1e-5)
 
 
+@pytest.mark.backends("tensorflow")
+def test_full_batch_of_a_graph_of_unknown_size():
+    import tensorflow as tf
+
+    signature = ((tf.TensorSpec((None, 6)), tf.TensorSpec((None, None))), tf.TensorSpec((None,), "int64"))
+    batches = tf.data.Dataset.from_generator(lambda: iter([((X, np.eye(N)), Y)]), output_signature=signature)
+    model = RDropModel(OfGraph())
+    with told_of_equal_passes():
+        model.compile("sgd", LOSS)
+        model.fit(batches, verbose=0)
+    assert "relates rows of a batch to each other" in model._passes.graph.summary()
+
+
+class Messages(layers.Layer):
+    """Adds to each node of a graph what edges, `(E, 2)` numbers of rows, bring from others."""
+
+    def call(self, nodes, edges):
+        return nodes + ops.segment_sum(ops.take(nodes, edges[:, 0], axis=0), edges[:, 1], ops.shape(nodes)[0])
+
+    def compute_output_shape(self, nodes_shape, edges_shape):
+        return nodes_shape
+
+
+class OfEdges(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.messages, self.dense = layers.Dropout(NEVER, seed=1), Messages(), layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        nodes, edges = inputs
+        return self.dense(self.messages(self.dropout(nodes, training=training), edges))
+
+
+def of_edges():
+    nodes, edges = keras.Input((6,)), keras.Input((2,), dtype="int32")
+    return keras.Model([nodes, edges], layers.Dense(3)(Messages()(layers.Dropout(NEVER, seed=1)(nodes), edges)))
+
+
+@pytest.mark.parametrize("share", ["deterministic", "nothing"])
+@pytest.mark.parametrize("make", [of_edges, OfEdges])
+def test_inputs_of_several_numbers_of_rows(make, share):
+    edges = np.random.RandomState(1).randint(0, N, size=(40, 2)).astype("int32")
+    losses = []
+    for wrap in (lambda model: model, lambda model: RDropModel(model, share=share)):
+        keras.utils.set_random_seed(2)
+        model = wrap(make())
+        model.compile(keras.optimizers.SGD(0.1), LOSS)
+        for _ in range(2):
+            logs = model.train_on_batch([X, edges], Y, return_dict=True)
+        losses.append(logs["task_loss" if isinstance(model, RDropModel) else "loss"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert re.search(r"the inputs of '\w+' have \[16, 40\] rows", model._passes.graph.summary())
+
+
 class Pairs(layers.Layer):
     """Takes sequences of even lengths alone."""
 

@@ -34,8 +34,8 @@ class PairedGraph:
 
     Attributes:
         calls: The calls, a list of `LayerCall`, in an order in which they can run.
-        separate: Why the passes must run one after another and not as rows of one batch; None if they need not. For a
-            model that is no graph of layers it is known after the first batch.
+        separate: Why the passes must run one after another and not as rows of one batch; None if they need not. Some
+            reasons are known after the first batch only.
 
     Args:
         model: A built `keras.Model`. A model that is no graph of layers shares nothing.
@@ -74,8 +74,13 @@ class PairedGraph:
         self.separate = marking.why_separate(model, self.calls, known)
 
     def examine_batch(self, inputs, training):
-        """Finds out by the first batch whether the passes of a model that is no graph of layers can run together."""
-        if self._waits_for_batch:
+        """Finds out what only a batch shows: that the passes must run one after another."""
+        sizes = {tensor.shape[0] for tensor in tree.flatten(inputs) if tensor is not None and len(tensor.shape)} - {
+            None
+        }
+        if len(sizes) > 1:  # Such as nodes and edges of a graph, whose rows name rows of each other.
+            self.separate = self.separate or f"the inputs of {self.model.name!r} have {sorted(sizes)} rows"
+        elif self._waits_for_batch:
             self._waits_for_batch = False
             if marking.relates_rows_of(self.model, inputs, training):
                 self.separate = f"{self.model.name!r} relates rows of a batch to each other"

@@ -200,7 +200,7 @@ def _relates_rows(call, known):
     """Whether an output row of `call` may depend on several rows of the batch, as far as shapes tell."""
     inputs = [slot for slot in call.inputs.values() if slot is not None]
     if not all(slot in known for slot in inputs):
-        return False  # What computes them does, or is called by one that does.
+        return False  # Then so does a call before it, whose outputs are unknown.
     pairs = {slot: _shapes(known[slot]) for slot in inputs}
     varying = [slot for slot, (first, second) in pairs.items() if first != second]
     if not varying:
@@ -210,14 +210,19 @@ def _relates_rows(call, known):
     if randomness.treats_rows_alike(call.operation) and all(map(_follows_batch, pairs.values())):
         return False
 
+    # Rows that were cut into equal parts, such as (N · length, channels), are still on their own.
+    is_vouched_for = randomness.is_vouched_for(call.operation)
+    has_unknown_axes = any(None in shape for pair in pairs.values() for shape in pair)
+    if (is_vouched_for or not keras_private.declares_shape(call.operation)) and not has_unknown_axes:
+        return not all(slot in known and _is_proportional(_shapes(known[slot])) for slot in call.outputs)
+
     def outputs(specs):
-        if randomness.is_vouched_for(call.operation):
+        if is_vouched_for:
             args, kwargs = call.node.arguments.fill_in(dict(zip(call.inputs, specs)))
             return call.operation.compute_output_spec(*args, **kwargs)
         return keras_private.output_spec_of_call(call.node, call.inputs, specs)
 
     specs = zip(*((None, None) if slot is None else known[slot] for slot in call.inputs.values()))
-    # Rows that were cut into equal parts, such as (N · length, channels), are still on their own.
     return not _are_apart(outputs, list(specs), _is_proportional)
 
 
