@@ -258,8 +258,11 @@ def takes_training(layer):
 
 
 def call(model, inputs, training):
-    """`model(inputs)`, with `training` if its `call` takes it."""
-    return model(inputs, training=training) if takes_training(model) else model(inputs)
+    """`model(inputs)` with `training`, which layers find in the call context if the model's `call` does not take it."""
+    if takes_training(model):
+        return model(inputs, training=training)
+    with call_context(model, training):
+        return model(inputs)
 
 
 def call_as_trained(model, inputs, training):

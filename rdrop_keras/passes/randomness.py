@@ -185,7 +185,8 @@ def why_equal(model):
 def rates_of(layer):
     """`{name: rate}`: how strong the randomness of `layer` is, by the names under which Keras keeps it."""
     attributes = vars(layer)
-    return {name: attributes[name] for name in _RATES if isinstance(attributes.get(name), numbers.Real)}
+    named = [name for name in _RATES if name in attributes]
+    return {name: attributes[name] for name in named if isinstance(attributes[name], numbers.Real)}
 
 
 def _parts(operation):
