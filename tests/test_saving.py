@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
-from marks import slow
+from marks import serves, slow
 from models import mlp, to_numpy
 from rdrop_keras import Divergence, RDropModel
 
@@ -166,7 +166,7 @@ def test_the_model_inside_knows_nothing_of_rdrop(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.backends("tensorflow", "jax")
+@serves
 @pytest.mark.needs("tensorflow")
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_model(name, tmp_path):
@@ -181,7 +181,7 @@ def test_saved_model(name, tmp_path):
     assert len(served.variables) == len(model.model.variables)
 
 
-@pytest.mark.backends("tensorflow", "jax")
+@serves
 @pytest.mark.needs("tensorflow")
 def test_saved_model_of_two_inputs(tmp_path):
     import tensorflow as tf

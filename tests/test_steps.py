@@ -90,6 +90,24 @@ def test_steps_between_are_plain_training():
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-5)
 
 
+def test_a_batch_that_fails_is_no_step():
+    """Neither for `every` nor for the clock of α, which go on together."""
+
+    def batches():
+        for i in range(5):
+            yield X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8]
+        raise ValueError("bad row")
+
+    keras.utils.set_random_seed(5)
+    model = RDropModel(mlp(), lambda step: ops.cast(step, "float32"), every=3)
+    model.compile(keras.optimizers.SGD(0.1), LOSS)
+    with pytest.raises(Exception, match="bad row"):
+        model.fit(batches(), verbose=0)
+    history = model.fit(X[:8], Y[:8], batch_size=8, epochs=3, verbose=0).history  # Steps 5 to 7.
+    assert np.isnan(history["consistency_loss"]).tolist() == [True, False, True]
+    assert history["alpha"][1] == pytest.approx(6)
+
+
 def test_count_goes_on(tmp_path):
     model, _ = counting(every=3)
     model.fit(X[:32], Y[:32], batch_size=8, verbose=0)  # Steps 0 to 3.
