@@ -24,10 +24,11 @@ def rows_in_block(tensor, num_parts):
     known = math.prod([1 if batch is None else batch // num_parts, *(size for size in others if size is not None)])
     most, fewest = min(known, ELEMENTS // width), max(1, math.ceil(FEWEST_ELEMENTS / width))
     size = next((n for n in range(most, fewest - 1, -1) if known % n == 0), None)
-    return size if size and _on_processor(tensor) else None
+    return size if size and on_processor(tensor) else None
 
 
-def _on_processor(tensor):
+def on_processor(tensor):
+    """Whether `tensor` is computed on a processor, all of it by this process."""
     if keras.distribution.distribution() is not None:
         return False
     if keras.backend.backend() == "jax":
@@ -50,40 +51,27 @@ def rows(tensor, first, size):
 
 
 def compiled(compute):
-    """`compute()`, whose operations TensorFlow's compiler makes one of, as those of JAX and PyTorch do.
+    """`compute()`, whose operations TensorFlow's compiler makes one of.
 
     By itself TensorFlow compiles nothing on a processor, and each operation reads and writes all of its block. Each
     shape is compiled once, which takes longer than an eager step and so is for programs only.
     """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    import tensorflow as tf
 
-        if not tf.executing_eagerly():
-            compute = tf.function(compute, autograph=False, jit_compile=True)
-    return compute()
+    return compute() if tf.executing_eagerly() else tf.function(compute, autograph=False, jit_compile=True)()
 
 
 def side_by_side(compute, num_blocks, num_values, dtype):
     """`compute(i)`, of shape `(num_values, n)` and `dtype`, of all blocks i, joined on axis 1."""
-    numbers = ops.arange(num_blocks, dtype="int32")
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    import tensorflow as tf
 
-        of_blocks = tf.map_fn(compute, numbers, fn_output_signature=dtype, parallel_iterations=1)
-    else:
-        of_blocks = ops.map(compute, numbers)
-    return ops.reshape(ops.transpose(of_blocks, (1, 0, 2)), (num_values, -1))
+    numbers = tf.range(num_blocks)
+    of_blocks = tf.map_fn(compute, numbers, fn_output_signature=dtype, parallel_iterations=1)
+    return tf.reshape(tf.transpose(of_blocks, (1, 0, 2)), (num_values, -1))
 
 
 def filled(compute, num_blocks, size, like):
     """A tensor like `like`, of shape `(m, num_blocks · size, width)`; `compute(i)` is block i, `(m, size, width)`."""
-    if keras.backend.backend() == "jax":
-        from jax import lax
-
-        def fill(i, result):
-            return lax.dynamic_update_slice_in_dim(result, compute(i), i * size, axis=1)
-
-        return lax.fori_loop(0, num_blocks, fill, ops.zeros_like(like))
     import tensorflow as tf
 
     num_parts, _, width = like.shape

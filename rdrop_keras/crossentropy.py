@@ -1,19 +1,17 @@
 """Cross-entropy and KL divergence of the same logits, from one reading of them.
 
-Over the many words of a language model, a step's time goes to reading and writing tensors as large as its logits. Each
-apart, cross-entropy and divergence take a softmax of every pass and differentiate through it; here they share the
-softmax, and have one gradient, which is written out.
+With the many words of a language model, most of a step's time goes to reading and writing tensors as large as its
+logits. Computed separately, cross-entropy and divergence each take a softmax of every pass and differentiate through
+it. Here they share one softmax and one gradient, which is written out in `kl.py`.
 
 Comes in: targets, and the logits of all passes. Goes out: both values for each element of the batch. Called by: the
 objective, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits.
 """
 
-import functools
-
 import keras
 from keras import ops
 
-from rdrop_keras import blocks, divergences
+from rdrop_keras import blocks, kl
 from rdrop_keras.passes import tiling
 
 
@@ -36,18 +34,13 @@ def reads_together(loss, divergence, output):
 def crossentropy_and_kl(loss, y_true, logits, num_passes):
     """The mean over passes of the values of `loss`, and the divergence `"kl"` between passes, of each element.
 
-    With log-probabilities l_i of m passes, P_i = exp l_i, l̄ and P̄ their means over passes, ⟨·⟩ a sum over classes and
-    y the probabilities that are the target,
+    With log-probabilities l_i of m passes, P_i = exp l_i, ⟨·⟩ a sum over classes and y the probabilities that are the
+    target,
 
-        C = −1/m · Σ_i ⟨y l_i⟩                D = 1/(m−1) · Σ_i ⟨(P_i − P̄) (l_i − l̄)⟩
+        C = −1/m · Σ_i ⟨y l_i⟩                ∂C/∂z_i = 1/m · (⟨y⟩ P_i − y)
 
-    D is the mean over pairs of ½(KL + KL) (Eq. 2 of the paper), in linear time. With d_i = z_i − z̄ − ⟨P_i (z_i − z̄)⟩,
-    which is also l_i − l̄ − ⟨P_i (l_i − l̄)⟩,
-
-        ∂C/∂z_i = 1/m · (⟨y⟩ P_i − y)         ∂D/∂z_i = 1/(m−1) · (P_i (1 + d_i) − P̄)
-
-    On a processor, rows of many classes are taken block by block. The gradient takes the softmax anew; nothing as large
-    as the logits is kept for it.
+    The divergence and its gradient are those of `kl.py`. The gradient computes probabilities anew from sums over rows;
+    nothing as large as the logits is kept for it.
 
     Args:
         loss: A `CategoricalCrossentropy` or `SparseCategoricalCrossentropy` from logits, with its own label smoothing
@@ -64,17 +57,16 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
         target = _Probabilities.of(y_true, logits, config["label_smoothing"])
     else:
         target = _Classes.of(y_true, logits, config["ignore_class"])
-    size = blocks.rows_in_block(logits, num_passes)
     if _on_torch() and not _is_compiling():
-        compute = functools.partial(_in_place, target, num_passes, size)
-    elif size is None:
-        compute = functools.partial(_at_once, target, num_passes)
+        compute = _in_place
+    elif keras.backend.backend() == "tensorflow" and blocks.rows_in_block(logits, num_passes):
+        compute = _in_blocks
     else:
-        compute = functools.partial(_in_blocks, target, num_passes, size)
+        compute = _at_once
 
     @ops.custom_gradient
     def values_of(logits):
-        values, gradients = compute(logits)
+        values, gradients = compute(target, num_passes, logits)
 
         def gradient(*args, upstream=None):
             return gradients(args[0] if upstream is None else upstream)  # PyTorch gives it by name, after the logits.
@@ -87,41 +79,58 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 def _at_once(target, num_passes, logits):
     """The two values, and the function of their gradient, by operations on whole tensors."""
     passes = tiling.stack(logits, num_passes)
-    return _values(target, passes), lambda upstream: tiling.unstack(_gradients(target, passes, upstream))
+    values, rows = _read(target, passes)
+
+    def gradients(upstream):
+        return tiling.unstack(_gradients(target, passes, rows, ops.expand_dims(upstream, -1)))
+
+    return values, gradients
 
 
-def _in_blocks(target, num_passes, size, logits):
-    """The same, in blocks of `size` rows."""
+def _in_blocks(target, num_passes, logits):
+    """The same on TensorFlow, in blocks of rows, each of which is compiled."""
+    size = blocks.rows_in_block(logits, num_passes)
     shape, classes = ops.shape(logits), logits.shape[-1]
-    passes, rows = ops.reshape(logits, (num_passes, -1, classes)), target.rows()
+    passes, target = ops.reshape(logits, (num_passes, -1, classes)), target.rows()
     num_blocks = ops.shape(passes)[1] // size
 
-    def values_of(i):
-        part, block = rows.part(i * size, size), blocks.rows(passes, i * size, size)
-        return blocks.compiled(lambda: _values(part, block))
+    def block_of(i):
+        return target.part(i * size, size), blocks.rows(passes, i * size, size)
+
+    def read(i):
+        part, block = block_of(i)
+
+        def values_and_rows():
+            values, rows = _read(part, block)
+            return ops.concatenate([values, *(ops.squeeze(each, -1) for each in rows)])
+
+        return blocks.compiled(values_and_rows)
+
+    results = blocks.side_by_side(read, num_blocks, 2 + 3 * num_passes, _wide_dtype(logits))
+    kept = ops.expand_dims(results[2:], -1)
 
     def gradients(upstream):
         upstream = ops.reshape(upstream, (2, -1, 1))
 
         def gradients_of(i):
-            part, block = rows.part(i * size, size), blocks.rows(passes, i * size, size)
-            upstream_of_block = blocks.rows(upstream, i * size, size)[..., 0]
-            return blocks.compiled(lambda: _gradients(part, block, upstream_of_block))
+            part, block = block_of(i)
+            rows = kl.Rows(*ops.split(blocks.rows(kept, i * size, size), 3))
+            upstream_of_block = blocks.rows(upstream, i * size, size)
+            return blocks.compiled(lambda: _gradients(part, block, rows, upstream_of_block))
 
         return ops.reshape(blocks.filled(gradients_of, num_blocks, size, passes), shape)
 
-    values = blocks.side_by_side(values_of, num_blocks, 2, _wide_dtype(logits))
-    return ops.reshape(values, (2, shape[0] // num_passes, *shape[1:-1])), gradients
+    return ops.reshape(results[:2], (2, shape[0] // num_passes, *shape[1:-1])), gradients
 
 
-def _in_place(target, num_passes, size, logits):
+def _in_place(target, num_passes, logits):
     """The same on PyTorch, where each operation writes what it computes: over what is not needed any more."""
     import torch
 
     passes = logits.reshape(num_passes, -1, logits.shape[-1])
     rows = target.rows()
     num_rows = max(1, passes.shape[1])  # A batch without rows is one block too.
-    size = size or num_rows
+    size = blocks.rows_in_block(logits, num_passes) or num_rows
     starts = range(0, num_rows, size)
 
     def block_of(first):
@@ -131,8 +140,8 @@ def _in_place(target, num_passes, size, logits):
     def values_of(first):
         part, block = block_of(first)
         logs = torch.log_softmax(block, -1)
-        crossentropy = part.dot(logs).mean(0).neg_()
-        probabilities = logs.clamp_min_(divergences.MINUS_INFINITY).exp()
+        crossentropy = part.crossentropy(logs, kl.Rows(0.0, 0.0, None)).mean(0)
+        probabilities = logs.clamp_min_(kl.MINUS_INFINITY).exp()
         if num_passes == 2:  # As in `_values`.
             from_other = [each[0].sub_(each[1]) for each in (probabilities, logs)]
             divergence = torch.linalg.vecdot(*from_other).mul_(0.5)
@@ -146,56 +155,46 @@ def _in_place(target, num_passes, size, logits):
     def gradients(upstream):
         result = torch.empty_like(logits)
         of_passes = result.view_as(passes)
-        of_targets, of_divergences = _shares(upstream.reshape(2, -1, 1), num_passes)
+        of_targets, of_divergences = _per_pass(upstream.reshape(2, -1, 1), num_passes)
         for first in starts:
             part, block = block_of(first)
             of_target, of_divergence = (each[first : first + size] for each in (of_targets, of_divergences))
+            of_divergence = of_divergence / (num_passes - 1)
             probabilities = torch.softmax(block, -1)
             shared = probabilities.mean(0).mul_(of_divergence)
-            differences = block.clamp_min(divergences.MINUS_INFINITY)
+            differences = block.clamp_min(kl.MINUS_INFINITY)
             differences = differences - differences[0]  # As in `_gradients`.
             differences.sub_(differences.mean(0))
             differences.sub_(torch.linalg.vecdot(probabilities, differences).unsqueeze(-1)).mul_(of_divergence)
             differences.add_(part.times_total(of_target) + of_divergence).mul_(probabilities).sub_(shared)
-            of_passes[:, first : first + size] = part.subtract(of_target, differences)
+            of_passes[:, first : first + size] = part.subtract_in_place(of_target, differences)
         return result
 
     return values.reshape(2, -1, *logits.shape[1:-1]), gradients
 
 
-def _values(target, passes):
-    """The two values, stacked, of `passes` of shape `(m, …, classes)`."""
-    num_passes = passes.shape[0]
-    logs = ops.log_softmax(_wide(passes))
-    crossentropy = -ops.mean(target.dot(logs), axis=0)
-    logs = ops.maximum(logs, divergences.MINUS_INFINITY)
-    probabilities = ops.exp(logs)
-    if num_passes == 2:  # The same, in fewer operations.
-        divergence = 0.5 * _dot(*(ops.subtract(*ops.unstack(each)) for each in (probabilities, logs)))
-    else:
-        from_mean = [each - ops.mean(each, axis=0) for each in (probabilities, logs)]
-        divergence = ops.sum(_dot(*from_mean), axis=0) / (num_passes - 1)
-    return ops.stack([crossentropy, ops.maximum(divergence, 0.0)])  # Rounding may leave less than 0.
+def _read(target, passes):
+    """The two values, stacked, of `passes` of shape `(m, …, classes)`, and the `kl.Rows` for their gradient."""
+    logits = _wide(passes)
+    divergence, rows = kl.read(logits)
+    return ops.stack([ops.mean(target.crossentropy(logits, rows), axis=0), divergence]), rows
 
 
-def _gradients(target, passes, upstream):
-    """The gradient with respect to `passes`, `(m, …, classes)`, of the two values times `upstream`, `(2, …)`."""
-    of_target, of_divergence = _shares(ops.expand_dims(upstream, -1), passes.shape[0])
-    wide = _wide(passes)
-    probabilities = ops.softmax(wide)
-    differences = ops.maximum(wide, divergences.MINUS_INFINITY)
-    differences = differences - differences[0]  # So that the mean has the rounding of differences, not of logits.
-    differences = differences - ops.mean(differences, axis=0)
-    differences = differences - ops.expand_dims(_dot(probabilities, differences), -1)
-    slope = target.times_total(of_target) + of_divergence
-    gradients = probabilities * (slope + of_divergence * differences) - of_divergence * ops.mean(probabilities, axis=0)
-    return ops.cast(target.subtract(of_target, gradients), passes.dtype)
+def _gradients(target, passes, rows, upstream):
+    """The gradient with respect to `passes`, `(m, …, classes)`, of the two values times `upstream`, `(2, …, 1)`."""
+    of_target, of_divergence = _per_pass(upstream, passes.shape[0])
+    of_total = target.times_total(of_target)
+
+    def of_probabilities(logits):
+        return of_total * kl.probabilities(logits, rows) + of_divergence * kl.gradient(logits, rows)
+
+    return target.gradient(of_target, of_probabilities, passes)
 
 
-def _shares(upstream, num_passes):
-    """What `upstream`, `(2, …)`, is for each pass: ∂/∂z_i of its products with C and D, without their sums over i."""
-    of_target, of_divergence = ops.unstack(upstream)
-    return of_target / num_passes, of_divergence / (num_passes - 1)
+def _per_pass(upstream, num_passes):
+    """What `upstream` of C, their mean, is for each pass, and that of D, whose gradient has its own factor."""
+    of_target, of_divergence = ops.unstack(upstream, 2)
+    return of_target / num_passes, of_divergence
 
 
 def _wide(logits):
@@ -204,11 +203,6 @@ def _wide(logits):
 
 def _wide_dtype(logits):
     return keras.backend.result_type(logits.dtype, "float32")
-
-
-def _dot(a, b):
-    """⟨a b⟩, without writing the products where no compiler would leave them out."""
-    return ops.sum(a * b, axis=-1) if keras.backend.backend() == "jax" else ops.einsum("...c,...c->...", a, b)
 
 
 class _Classes:
@@ -226,18 +220,9 @@ class _Classes:
         classes = y_true if ignored is None else ops.where(counts, y_true, ops.zeros_like(y_true))
         return cls(ops.expand_dims(ops.cast(classes, "int64" if _on_torch() else "int32"), -1), counts)
 
-    def dot(self, logs):
-        """⟨y l⟩ of each pass, for `logs` of shape `(m, …, classes)`."""
-        classes = self._of_passes(logs)
-        if _on_torch():
-            chosen = logs.gather(-1, classes)
-        elif keras.backend.backend() == "tensorflow":  # Keras's own makes some thirty operations.
-            import tensorflow as tf
-
-            chosen = tf.gather(logs, classes, axis=-1, batch_dims=len(logs.shape) - 1)
-        else:
-            chosen = ops.take_along_axis(logs, classes, axis=-1)
-        return ops.squeeze(chosen, -1)
+    def crossentropy(self, logits, rows):
+        """−⟨y l⟩ of each pass, for `logits` of shape `(m, …, classes)`."""
+        return ops.squeeze(rows.largest - self.chosen(logits) + rows.log_sum, -1)
 
     def times_total(self, amount):
         """⟨y⟩ `amount`."""
@@ -249,13 +234,35 @@ class _Classes:
             return values
         return ops.where(ops.stack([self._counts, ops.ones_like(self._counts)]), values, ops.zeros_like(values))
 
-    def subtract(self, amount, gradient):
-        """`gradient` less `amount` at the target."""
-        if _on_torch():
-            at_target = self._of_passes(gradient)
-            return gradient.scatter_add_(-1, at_target, (-amount).expand_as(at_target))
-        at_target = ops.equal(ops.arange(gradient.shape[-1], dtype=self._classes.dtype), self._classes)
-        return ops.where(at_target, gradient - amount, gradient)
+    def gradient(self, amount, of_probabilities, passes):
+        """`of_probabilities(passes)`, which is elementwise, less `amount` at the target, in the type of `passes`."""
+        if keras.backend.backend() == "jax" and blocks.on_processor(passes):
+            import jax.numpy as jnp
+
+            # What is put into the tensor makes XLA write it down. It would otherwise compute all of it once for each
+            # of the products that come next.
+            at_target = of_probabilities(_wide(self.chosen(passes))) - amount
+            gradient, at_target = (
+                ops.cast(each, passes.dtype) for each in (of_probabilities(_wide(passes)), at_target)
+            )
+            return jnp.put_along_axis(gradient, self._of_passes(passes), at_target, axis=-1, inplace=False)
+        gradient = of_probabilities(_wide(passes))
+        is_target = ops.equal(ops.arange(ops.shape(passes)[-1], dtype=self._classes.dtype), self._classes)
+        return ops.cast(ops.where(is_target, gradient - amount, gradient), passes.dtype)
+
+    def chosen(self, passes):
+        """What each of `passes`, `(m, …, classes)`, has at the target, `(m, …, 1)`."""
+        classes = self._of_passes(passes)
+        if keras.backend.backend() == "tensorflow":  # Keras's own makes some thirty operations.
+            import tensorflow as tf
+
+            return tf.gather(passes, classes, axis=-1, batch_dims=len(passes.shape) - 1)
+        return ops.take_along_axis(passes, classes, axis=-1)
+
+    def subtract_in_place(self, amount, gradient):
+        """`gradient`, on PyTorch, less `amount` at the target."""
+        at_target = self._of_passes(gradient)
+        return gradient.scatter_add_(-1, at_target, (-amount).expand_as(at_target))
 
     def _of_passes(self, passes):
         """The classes of each pass, `(m, …, 1)`."""
@@ -281,10 +288,14 @@ class _Probabilities:
     @classmethod
     def of(cls, y_true, logits, smoothing):
         y_true = ops.cast(y_true, _wide_dtype(logits))
-        return cls(y_true * (1.0 - smoothing) + smoothing / logits.shape[-1] if smoothing else y_true)
+        if smoothing:
+            num_classes = ops.cast(ops.shape(logits)[-1], y_true.dtype)
+            y_true = y_true * (1.0 - smoothing) + smoothing / num_classes
+        return cls(y_true)
 
-    def dot(self, logs):
-        return ops.sum(ops.where(ops.equal(self._y, 0), ops.zeros_like(logs), self._y * logs), axis=-1)
+    def crossentropy(self, logits, rows):
+        logs = logits - rows.largest - rows.log_sum
+        return -ops.sum(ops.where(ops.equal(self._y, 0), ops.zeros_like(logs), self._y * logs), axis=-1)
 
     def times_total(self, amount):
         return ops.sum(self._y, axis=-1, keepdims=True) * amount
@@ -292,8 +303,11 @@ class _Probabilities:
     def counted(self, values):
         return values
 
-    def subtract(self, amount, gradient):
-        return gradient - amount * self._y
+    def gradient(self, amount, of_probabilities, passes):
+        return ops.cast(of_probabilities(_wide(passes)) - amount * self._y, passes.dtype)
+
+    def subtract_in_place(self, amount, gradient):
+        return gradient.sub_(amount * self._y)
 
     def rows(self):
         return _Probabilities(ops.reshape(self._y, (-1, self._y.shape[-1])))

@@ -18,11 +18,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from rdrop_keras import kl
+
 # No probability below this reaches a logarithm: the smallest normal float32. Keras clips at 1e-7, where KL and its
 # gradient stop growing at log-ratios of 16.
 _TINY = float(np.finfo("float32").tiny)
-# In place of −inf: finite, so that a class that is impossible in every pass differs by 0 and not by NaN.
-MINUS_INFINITY = -1e30
 
 
 def _mean(tensors):
@@ -41,48 +41,18 @@ def _log(probabilities):
     return ops.log(ops.maximum(probabilities, _TINY))
 
 
-def _softmax_pair(passes, from_logits, axis):
+def _probabilities_and_logs(passes, from_logits, axis):
     """Probabilities and their logarithms over `axis`, of each pass."""
     if not from_logits:
         return passes, [_log(p) for p in passes]
     log_ps = [ops.log_softmax(z, axis=axis) for z in passes]
-    return [ops.exp(p) for p in log_ps], [ops.maximum(p, MINUS_INFINITY) for p in log_ps]
+    return [ops.exp(p) for p in log_ps], [ops.maximum(p, kl.MINUS_INFINITY) for p in log_ps]
 
 
 def _kl(passes, from_logits, axis):
-    if from_logits and len(passes) == 2:
-        return _kl_of_two(*passes, axis)
-    return ops.sum(_covariance(*_softmax_pair(passes, from_logits, axis)), axis=axis)
-
-
-def _kl_of_two(a, b, axis):
-    """½(KL + KL) of two passes from their logits, with its gradient written out.
-
-    With e = a − b and ⟨·⟩ a sum over the classes, in which log-partitions cancel,
-
-        D = ½⟨(P − Q) e⟩    2 ∂D/∂a = P (e − ⟨P e⟩ + 1) − Q    2 ∂D/∂b = Q (⟨Q e⟩ − e + 1) − P.
-
-    Differentiation would make twice the operations of it, and over the many classes of a language model it is these
-    that R-Drop's step costs more than one of twice the rows.
-    """
-
-    @ops.custom_gradient
-    def divergence(a, b):
-        p, q = ops.softmax(a, axis=axis), ops.softmax(b, axis=axis)
-        e = ops.maximum(a, MINUS_INFINITY) - ops.maximum(b, MINUS_INFINITY)
-        # ⟨P − Q⟩ = 0, so that any number of each row may be taken off e: with this one the difference of saturated
-        # outputs, where P and Q have rounded to 1, is 0 and not lost in rounding.
-        e = e - ops.sum(p * e, axis=axis, keepdims=True)
-        twice = ops.sum((p - q) * e, axis=axis, keepdims=True)
-
-        def gradient(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
-            half = 0.5 * ops.expand_dims(upstream, axis)
-            return half * (p * (e + 1.0) - q), half * (q * (1.0 - twice - e) - p)
-
-        return 0.5 * ops.squeeze(ops.maximum(twice, 0.0), axis), gradient  # Rounding may leave less than 0.
-
-    return divergence(a, b)
+    if from_logits:
+        return kl.of_logits(ops.stack(passes), axis if axis < 0 else axis - len(passes[0].shape))
+    return ops.sum(_covariance(*_probabilities_and_logs(passes, from_logits, axis)), axis=axis)
 
 
 def _bernoulli_kl(passes, from_logits, axis):
@@ -90,7 +60,7 @@ def _bernoulli_kl(passes, from_logits, axis):
     # where p has rounded to 1.
     if from_logits:
         ps, qs = [ops.sigmoid(z) for z in passes], [ops.sigmoid(-z) for z in passes]
-        log_odds = [ops.clip(z, MINUS_INFINITY, -MINUS_INFINITY) for z in passes]
+        log_odds = [ops.clip(z, kl.MINUS_INFINITY, -kl.MINUS_INFINITY) for z in passes]
     else:
         ps, qs = passes, [1.0 - p for p in passes]
         log_odds = [_log(p) - _log(q) for p, q in zip(ps, qs)]
@@ -107,7 +77,7 @@ def _mse(passes, from_logits, axis):
 def _js(passes, from_logits, axis):
     # With M = (P+Q)/2, s = |log P − log Q| and g = log 2 − log(1 + e^−s):
     # P log P/M + Q log Q/M = (P+Q) g − s min(P, Q). Every pair has an M of its own: this one is quadratic in m.
-    ps, log_ps = _softmax_pair(passes, from_logits, axis)
+    ps, log_ps = _probabilities_and_logs(passes, from_logits, axis)
     total = 0.0
     for i in range(len(passes)):
         for j in range(i):

@@ -1,0 +1,111 @@
+"""The KL divergence between passes, from their logits, and its gradient.
+
+Comes in: the logits of m passes in one tensor of shape `(m, …)`. Goes out: the divergence, what is kept of each row of
+logits, and the gradient that follows from it. Called by: the divergences, and `crossentropy.py`, which computes the
+cross-entropy of the same logits.
+
+With λ_i the log-partition of the logits z_i, P_i = exp(z_i − λ_i), bars for means over passes and ⟨·⟩ for a sum over
+the classes,
+
+    D = 1/(m−1) · Σ_i ⟨(P_i − P̄) e_i⟩                         e_i = z_i − z̄ − (λ_i − λ̄)
+    ∂D/∂z_i = 1/(m−1) · (P_i (e_i − ⟨P_i e_i⟩) + P_i − P̄)
+
+D is the mean over pairs of passes of ½(KL + KL), which is Eq. 2 of the paper, in time linear in m. Only sums over rows
+are kept for the gradient. Given them, it is one elementwise expression of the logits, which a compiler reads once and
+writes once. Differences are taken before anything else, so that passes that hardly differ keep their digits.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+# In place of −inf: finite, so that a class that is impossible in every pass differs by 0 and not by NaN.
+MINUS_INFINITY = -1e30
+
+
+class Rows(NamedTuple):
+    """What is kept of each row of logits. All have the logits' shape, with 1 in place of the classes.
+
+    Attributes:
+        largest: The largest logit.
+        log_sum: log ⟨exp(z_i − largest)⟩. λ_i is the sum of both, in which large logits would lose digits of P_i.
+        mean_difference: ⟨P_i e_i⟩.
+    """
+
+    largest: Any
+    log_sum: Any
+    mean_difference: Any
+
+
+def read(logits, axis=-1):
+    """D, of the shape of one pass without its classes, and the `Rows` of `logits`; `axis` is negative."""
+    num_passes = logits.shape[0]
+    largest = ops.max(logits, axis=axis, keepdims=True)
+    log_sum = ops.log(ops.sum(ops.exp(logits - largest), axis=axis, keepdims=True))
+    each = list(zip(*(ops.unstack(tensor, num_passes) for tensor in (logits, largest, log_sum))))
+    partitions = _each_from_mean([most + of_rest for _, most, of_rest in each])
+    differences = _each_from_mean([ops.maximum(z, MINUS_INFINITY) for z, _, _ in each])
+    differences = [difference - of_row for difference, of_row in zip(differences, partitions)]
+    probabilities = [ops.exp(z - most - of_rest) for z, most, of_rest in each]
+    products = [[p * e for p, e in zip(ps, differences)] for ps in (probabilities, _each_from_mean(probabilities))]
+    *mean_differences, total = _sums([*products[0], sum(products[1])], axis)
+    divergence = ops.maximum(total, 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
+    return divergence, Rows(largest, log_sum, ops.expand_dims(ops.stack(mean_differences), axis))
+
+
+def probabilities(logits, rows):
+    """P_i."""
+    return ops.exp(logits - rows.largest - rows.log_sum)
+
+
+def gradient(logits, rows):
+    """∂D/∂z_i."""
+    p = probabilities(logits, rows)
+    differences = _from_mean(ops.maximum(logits, MINUS_INFINITY)) - _from_mean(rows.largest + rows.log_sum)
+    return (p * (differences - rows.mean_difference) + _from_mean(p)) / (logits.shape[0] - 1)
+
+
+def of_logits(logits, axis=-1):
+    """D, differentiable."""
+
+    @ops.custom_gradient
+    def divergence(logits):
+        value, rows = read(logits, axis)
+
+        def gradients(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
+            return ops.expand_dims(upstream, axis) * gradient(logits, rows)
+
+        return value, gradients
+
+    return divergence(logits)
+
+
+def _sums(tensors, axis):
+    """The sum over `axis` of each of `tensors`, of which XLA writes down none where one loop makes all sums."""
+    if keras.backend.backend() != "jax":
+        return [ops.sum(tensor, axis=axis) for tensor in tensors]
+    from jax import lax
+
+    zero = ops.zeros((), tensors[0].dtype)
+    axes = (axis % len(tensors[0].shape),)
+    return lax.reduce(tuple(tensors), (zero,) * len(tensors), lambda a, b: tuple(map(ops.add, a, b)), axes)
+
+
+def _from_mean(passes):
+    """Each pass less the mean of all. Of two, each is half of what it differs by from the other."""
+    if passes.shape[0] == 2:
+        return 0.5 * (passes - ops.flip(passes, axis=0))
+    passes = passes - passes[:1]  # The mean then has the rounding of differences.
+    return passes - ops.mean(passes, axis=0, keepdims=True)
+
+
+def _each_from_mean(passes):
+    """The same, of a list."""
+    if len(passes) == 2:
+        half = 0.5 * (passes[0] - passes[1])
+        return [half, -half]
+    passes = [each - passes[0] for each in passes]
+    mean = sum(passes) / len(passes)
+    return [each - mean for each in passes]
