@@ -87,3 +87,48 @@ def test_steps_that_differ():
             outputs = model(np.ones((ROWS, 4), "float32"), training=True)
             model.compute_loss(None, np.zeros(ROWS), outputs)
         assert num_passes == expected and len(outputs) == expected * ROWS
+
+
+@pytest.mark.backends("tensorflow")
+def test_loops_on_replicas():
+    """A step begun on each replica is that of one device; one begun outside would have been plain, and is an error."""
+    import tensorflow as tf
+
+    x, y = np.random.RandomState(0).normal(size=(2 * ROWS, 4)).astype("float32"), np.arange(2 * ROWS) % 3
+    masks = np.random.RandomState(1).randint(0, 2, size=(2, ROWS, WIDTH)) * 2.0
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = rdrop_keras.RDropModel(make_model(masks), share="nothing")
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.optimizer.build(model.trainable_variables)
+        other = rdrop_keras.RDropModel(make_model(masks), start=1)
+        other.compile("sgd", model.loss)
+
+    def replica_step(x, y):
+        with model.training_step():
+            return plain_step(x, y)
+
+    def plain_step(x, y):
+        outputs = model(x, training=True)
+        assert outputs.shape[0] == 2 * ROWS
+        return model.compute_loss(x, y, outputs)
+
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2 * ROWS, drop_remainder=True)
+    batch = next(iter(strategy.experimental_distribute_dataset(data)))
+    per_replica = strategy.experimental_local_results(strategy.run(replica_step, args=batch))
+    alone = rdrop_keras.RDropModel(make_model(masks), share="nothing")
+    alone.compile("sgd", model.loss)
+    expected = alone.train_on_batch(x[:ROWS], y[:ROWS], return_dict=True)["loss"]
+    assert len(per_replica) == 2  # Each has its part of the mean over replicas.
+    np.testing.assert_allclose(2 * ops.convert_to_numpy(per_replica[0]), expected, rtol=1e-5)
+    with pytest.raises(RuntimeError, match=r"belongs into the function that `strategy.run` calls"):  # noqa: SIM117
+        with model.training_step():
+            strategy.run(plain_step, args=batch)
+
+    @tf.function
+    def compiled():
+        with other.training_step():
+            pass
+
+    with pytest.raises(RuntimeError, match=r"belongs outside of a `tf.function`.*every=1, start=1"):
+        compiled()

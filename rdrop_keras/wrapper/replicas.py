@@ -65,6 +65,15 @@ def after(tensor):
     return tf.control_dependencies([tensor])
 
 
+def is_in_function():
+    """Whether a `tf.function` is being traced."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.inside_function()
+
+
 def total(value):
     """The sum of `value` over replicas."""
     context = _replica_context()

@@ -42,6 +42,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
     train_function: Any
     _as_is: bool  # Trains just as Keras does.
     _num_steps: int  # Steps made. No variable: it decides which program runs.
+    _has_begun_step: bool  # By `training_step`, in whatever thread.
     _traced: int | None  # The passes of the program that runs, which it may be tracing.
     _torch_seed: Any
 
@@ -91,23 +92,34 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         There `model(x, training=True)` returns the rows of all passes, and `model.compute_loss(x, y, outputs,
         sample_weight)` is the loss that `fit` minimizes. The model must be compiled with a loss; optimizer and metrics
         are the loop's own affair. At its end the step is counted. Under `tf.distribute` it belongs into the function
-        of one replica.
+        that `strategy.run` calls.
 
         Yields:
             The number of passes of the step. A function that is compiled, by `tf.function` or `jax.jit`, needs it as
             an argument that is static if steps of this model differ in it.
 
         Raises:
-            RuntimeError: If the model is not compiled with a loss.
+            RuntimeError: If the model is not compiled with a loss; if it is called on a replica of `tf.distribute` and
+                the step was begun outside; if the step is begun in a `tf.function`, whose steps cannot be counted, and
+                steps differ in their passes.
         """
         if self._compile_loss is None:
             raise RuntimeError(
                 f"`training_step` needs the compiled loss of this {type(self).__name__}: "
                 "`compile(optimizer, loss=...)` first; the optimizer may be one that you do not use."
             )
+        if len(self.passes_of_steps) > 1 and replicas.is_in_function():
+            raise RuntimeError(
+                "Where steps differ in their passes, `training_step` belongs outside of a `tf.function`, which is run "
+                f"again without it. Received: {self.described_steps()}."
+            )
         num_passes = self.passes_of_step(self._num_steps)
-        with step.training(num_passes) if self._as_is else self._in_step(num_passes):
-            yield num_passes
+        self._has_begun_step = True
+        try:
+            with step.training(num_passes) if self._as_is else self._in_step(num_passes):
+                yield num_passes
+        finally:
+            self._has_begun_step = False
         self._num_steps += 1
 
     @contextlib.contextmanager

@@ -88,6 +88,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         self._evaluating = False
         self._quantized: dict[str, str] = {}
         self._num_steps = 0  # Steps made. No variable: it decides which program runs.
+        self._has_begun_step = False  # By `training_step`, in whatever thread.
         self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
         # As it is, a model draws nothing that it would not draw alone.
         self._torch_seed = None if as_is else random_state.torch_seed()
@@ -113,6 +114,11 @@ class WrapperModel(TrainingSteps, SavedWrapper):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         current = step.current()
         if current is None:
+            if training and self._has_begun_step:  # Replicas run in threads of their own.
+                raise RuntimeError(
+                    "Under `tf.distribute`, `with model.training_step():` belongs into the function that "
+                    "`strategy.run` calls on each replica. Received: a step that was begun outside of it."
+                )
             return keras_private.call(self.model, inputs, training)
         if self._as_is:
             return keras_private.call_as_trained(self.model, inputs, training)
