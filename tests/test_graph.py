@@ -636,7 +636,7 @@ def test_the_wrapped_model_is_untouched():
     assert [w.path for w in model.weights] == weights
     assert [(len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in model.layers] == counts
     assert model.layers[-1].output is model.output
-    assert wrapper.layers == [model]
+    assert wrapper.layers == model.layers
     assert {id(w) for w in wrapper.weights} == {id(w) for w in model.weights}
     model.layers[1].trainable = False
     assert len(wrapper.trainable_weights) == len(model.trainable_weights) == len(weights) - 4 - 1
