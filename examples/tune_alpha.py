@@ -1,20 +1,16 @@
-"""Searching for α, the dropout rate and `start` with KerasTuner, as one searches for any hyperparameter.
+# %% [markdown]
+# # Searching for α
+#
+# α, the dropout rate and `start` belong together: R-Drop acts on what dropout makes different, so the best rate with
+# R-Drop is often not the best without, and R-Drop may pay in the last part of training only. KerasTuner searches for
+# the three as for any hyperparameter, by the validation loss. With R-Drop that is the plain loss of the wrapped model,
+# so all choices can be compared.
+#
+# In a copy of the repository, this installs what the page needs. The page then takes about a minute on a processor.
+#
+#     python -m pip install ".[tensorflow,examples]"
 
-The three belong together: R-Drop acts on what dropout makes different, so the best rate with R-Drop is often not the
-best without, and it may pay in the last part of training only. A random search trains a small classifier of handwritten
-digits with one choice of the three at a time, and compares choices by the validation loss. With R-Drop that is the
-plain loss of the wrapped model, so choices are comparable. The best model is then tested once.
-
-It needs keras-tuner and scikit-learn, and takes about a minute on two CPU cores:
-
-    python tune_alpha.py
-    python tune_alpha.py --trials 30
-"""
-
-import argparse
-import functools
-import math
-import pathlib
+# %%
 import tempfile
 
 import keras
@@ -24,42 +20,30 @@ from sklearn.model_selection import train_test_split
 
 import rdrop_keras
 
-NUM_TRAIN = 400
-NUM_VALIDATION = 400
-SPLIT_SEED = 0
-BATCH_SIZE = 40
-EPOCHS = 30
-TRIALS = 12
-
-# What is searched: the paper's range of α, and 0, which is plain training.
-ALPHAS = (0.0, 0.3, 1.0, 3.0, 5.0)
+ALPHAS = (0.0, 0.3, 1.0, 3.0, 5.0)  # The paper's range, and 0, which is plain training.
 DROPOUT_RATES = (0.1, 0.2, 0.3, 0.4)
-# After which part of the steps R-Drop starts. The steps before are plain training.
-STARTS = (0.0, 0.5, 0.75)
+STARTS = (0.0, 0.5, 0.75)  # The part of training after which R-Drop begins. The steps before are plain training.
+TRIALS = 12
+EPOCHS = 30
+BATCH_SIZE = 40
+NUM_TRAIN = 400
+SEED = 0
 
+keras.utils.set_random_seed(SEED)
 
-def load_data():
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16.0).astype("float32")
-    x_train, x_rest, y_train, y_rest = train_test_split(
-        images, labels, train_size=NUM_TRAIN, stratify=labels, random_state=SPLIT_SEED
-    )
-    x_validation, x_test, y_validation, y_test = train_test_split(
-        x_rest, y_rest, train_size=NUM_VALIDATION, stratify=y_rest, random_state=SPLIT_SEED
-    )
-    return (x_train, y_train), (x_validation, y_validation), (x_test, y_test)
-
-
+# %% [markdown]
 # ## The search space
 #
-# KerasTuner calls this function with the choices of one trial. R-Drop is one line of it. To search for your own model,
-# copy the function and put your layers and your `compile` in.
-def build_model(hyperparameters, num_steps):
-    """The model of one trial, which is trained for `num_steps` steps."""
-    dropout = hyperparameters.Choice("dropout", DROPOUT_RATES)
+# KerasTuner calls this function with the choices of one trial. R-Drop is one line of it. To search for a model of your
+# own, put its layers and its `compile` in.
+
+
+# %%
+def build_model(hyperparameters):
     alpha = hyperparameters.Choice("alpha", ALPHAS)
+    dropout = hyperparameters.Choice("dropout", DROPOUT_RATES)
     start = hyperparameters.Choice("start", STARTS)
-    model = keras.Sequential(
+    classifier = keras.Sequential(
         [
             keras.Input((64,)),
             keras.layers.Dense(128, activation="relu"),
@@ -69,48 +53,47 @@ def build_model(hyperparameters, num_steps):
             keras.layers.Dense(10),
         ]
     )
-    model = rdrop_keras.RDropModel(model, alpha=alpha, start=int(start * num_steps))
-    model.compile(
-        optimizer=keras.optimizers.Adam(1e-3),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    model.optimizer.build(model.trainable_variables)  # KerasTuner loads the state of the optimizer into its best model.
+    num_steps = EPOCHS * NUM_TRAIN // BATCH_SIZE
+    model = rdrop_keras.RDropModel(classifier, alpha=alpha, start=int(start * num_steps))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    model.optimizer.build(model.trainable_variables)  # KerasTuner loads the optimizer's state into its best model.
     return model
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Searches for alpha, dropout and start.")
-    parser.add_argument("--trials", type=int, default=TRIALS, help="choices tried (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
-    args = parser.parse_args()
-    for name in ("trials", "epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be ≥ 1. Received: {getattr(args, name)}")
+# %% [markdown]
+# ## The search
+#
+# The data are handwritten digits: 400 to train on, 400 to choose by, 997 to test with.
 
-    train, validation, test = load_data()
-    keras.utils.set_random_seed(args.seed)
-    with tempfile.TemporaryDirectory() as folder:  # To be able to continue the search, use a folder that stays.
-        tuner = keras_tuner.RandomSearch(
-            functools.partial(build_model, num_steps=args.epochs * math.ceil(NUM_TRAIN / BATCH_SIZE)),
-            objective=keras_tuner.Objective("val_loss", "min"),
-            max_trials=args.trials,
-            seed=args.seed,
-            directory=str(pathlib.Path(folder)),
-            project_name="tune_alpha",
-        )
-        tuner.search(*train, batch_size=BATCH_SIZE, epochs=args.epochs, validation_data=validation, verbose=0)
+# %%
+x, y = load_digits(return_X_y=True)
+x_train, x, y_train, y = train_test_split(x / 16.0, y, train_size=NUM_TRAIN, stratify=y, random_state=0)
+x_valid, x_test, y_valid, y_test = train_test_split(x, y, train_size=400, stratify=y, random_state=0)
 
-        print(f"\n{'alpha':>6} {'dropout':>8} {'start':>6} {'validation loss':>16}")
-        for trial in tuner.oracle.get_best_trials(args.trials):
-            values = trial.hyperparameters.values
-            print(f"{values['alpha']:6} {values['dropout']:8} {values['start']:6} {trial.score:16.4f}")
+with tempfile.TemporaryDirectory() as folder:  # To go on with a search another time, use a folder that stays.
+    tuner = keras_tuner.RandomSearch(
+        build_model,
+        objective=keras_tuner.Objective("val_loss", "min"),
+        max_trials=TRIALS,
+        seed=SEED,
+        directory=folder,
+        project_name="tune_alpha",
+    )
+    options = {"validation_data": (x_valid, y_valid), "epochs": EPOCHS, "batch_size": BATCH_SIZE, "verbose": 0}
+    tuner.search(x_train, y_train, **options)
+    best = tuner.get_best_models(1)[0]
 
-        best = tuner.get_best_models(1)[0]
-        loss, accuracy = best.evaluate(*test, verbose=0)
-        print(f"\nThe best of them on the test split: loss {loss:.4f}, accuracy {accuracy:.4f}")
+# %% [markdown]
+# ## The best of them
+#
+# The best model is tested once.
 
+# %%
+print(f"{'alpha':>6} {'dropout':>8} {'start':>6} {'validation loss':>16}")
+for trial in tuner.oracle.get_best_trials(TRIALS):
+    values = trial.hyperparameters.values
+    print(f"{values['alpha']:6} {values['dropout']:8} {values['start']:6} {trial.score:16.4f}")
 
-if __name__ == "__main__":
-    main()
+loss, accuracy = best.evaluate(x_test, y_test, verbose=0)
+print(f"\nThe best of them on the test split: loss {loss:.4f}, accuracy {accuracy:.4f}")

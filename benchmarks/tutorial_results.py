@@ -1,0 +1,203 @@
+"""What the tutorials print when they are trained to their best on one processor core, with R-Drop and without.
+
+A page of `examples/` is run as it is, cell after cell. Replaced are some of its constants and its data, as `PAGES` says:
+what a page downloads by default is too much for one core. Plain training is the same page with `ALPHA = 0`.
+
+    python benchmarks/tutorial_results.py translation --data FOLDER
+
+`FOLDER` has tables of tab-separated columns for each task, and CIFAR-10 as a zip file of images. Results are added to
+`benchmarks/results/tutorials.json`, which knows the runs that need no repetition. What the page printed in a run goes to
+`docs/outputs/`. A run that was interrupted goes on where it was, if `--work` is the same.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+
+import measure
+from tasks import tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "tutorials.json"
+KINDS = ("plain", "rdrop")
+
+
+def multi30k(folder):
+    """Captions of photographs in English and German, 29,000 pairs."""
+    import tensorflow as tf
+
+    for split in ("train", "valid", "test"):
+        german, english = tables.multi30k(folder, split)
+        yield tf.data.Dataset.from_tensor_slices((english, german))
+
+
+def mrpc(folder, splits=("train", "dev")):
+    """Pairs of sentences in the first split of MRPC, 3,576 to train on and 500."""
+    import tensorflow as tf
+
+    for split in splits:
+        (first, second), labels = tables.glue(folder, "mrpc", split)
+        yield tf.data.Dataset.from_tensor_slices({"sentence1": first, "sentence2": second, "label": labels})
+
+
+def mrpc_scores(page, folder):
+    """Those that the page prints, of the dev split, and those of the test split, which has no part in training."""
+    from sklearn import metrics
+
+    (texts, labels) = tables.glue(folder, "mrpc", "test")
+    classes = page["classifier"].predict(texts, batch_size=page["BATCH_SIZE"], verbose=0).argmax(axis=-1)
+    test = {"test accuracy": metrics.accuracy_score(labels, classes), "test F1": metrics.f1_score(labels, classes)}
+    return {"accuracy": page["accuracy"], "F1": page["f1"], **test}
+
+
+def upper_layers_alone(encoder):
+    """Presets are the encoder, of which the two upper layers are trained and the others stay as they are."""
+    import keras_hub
+
+    from_preset = keras_hub.models.TextClassifier.from_preset
+
+    def with_frozen_layers(preset, **options):
+        classifier = from_preset(preset, **options)
+        for layer in classifier.backbone.layers:
+            layer.trainable = layer.name in ("transformer_layer_4", "transformer_layer_5", "pooled_dense")
+        return classifier
+
+    keras_hub.models.TextClassifier.from_preset = with_frozen_layers
+
+
+# Of each page: the data in place of those that it downloads, the constants in place of its own, its score, and its seeds.
+PAGES = {
+    "translation": {
+        "data": multi30k,
+        "constants": {
+            "ALPHA": 1.0,
+            "EPOCHS": 8,
+            "BATCH_SIZE": 64,
+            "LEARNING_RATE": 2e-3,
+            "VOCABULARY_SIZE": 2000,
+            "MAX_LENGTH": 40,
+            "MODEL": {"num_layers": 2, "num_heads": 4, "hidden_dim": 128, "intermediate_dim": 512, "dropout": 0.1},
+        },
+        "scores": lambda page, folder: {"BLEU": page["bleu"].score},
+        "seeds": 1,
+    },
+    "glue": {
+        "data": mrpc,
+        "prepare": upper_layers_alone,
+        "constants": {
+            "PRESET": "ENCODER",
+            "EPOCHS": 4,
+            "BATCH_SIZE": 16,
+            "LEARNING_RATE": 1e-4,
+            "SEQUENCE_LENGTH": 64,
+        },
+        "scores": mrpc_scores,
+        "seeds": 3,
+    },
+}
+
+
+def with_constants(source, constants):
+    """The source of a page with other values of its constants, each of which stands on a line of its own."""
+    for name, value in constants.items():
+        source, number = re.subn(rf"^{name} = .*$", lambda _: f"{name} = {value!r}", source, flags=re.MULTILINE)
+        if number != 1:
+            raise ValueError(f"The page must have one line `{name} = …`. Received: {number} of them.")
+    return source
+
+
+def run(name, kind, seed, folder, work, encoder=None):
+    """Runs a page. Returns what it scored and the text that it printed."""
+    import keras
+    import tensorflow_datasets as tfds
+
+    page = PAGES[name]
+    constants = {**page["constants"], "SEED": seed, **({"ALPHA": 0.0} if kind == "plain" else {})}
+    given = {**constants, **({"PRESET": str(encoder)} if "PRESET" in constants else {})}
+    source = with_constants((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"), given)
+    page.get("prepare", lambda encoder: None)(encoder)
+    tfds.load = lambda *args, **kwargs: list(page["data"](folder))
+    work.mkdir(parents=True, exist_ok=True)
+    resumed = any(work.iterdir())
+    variables = {"__name__": "__main__"}
+    start, start_of_process = time.perf_counter(), time.process_time()
+    with contextlib.chdir(work), open("printed.txt", "a", encoding="utf-8") as file:
+        with contextlib.redirect_stdout(Tee(sys.stdout, file)):
+            exec(compile(source, str(ROOT / "examples" / f"{name}.py"), "exec"), variables)
+    losses = variables["history"].history["val_loss"]
+    result = {
+        "backend": keras.backend.backend(),
+        "constants": constants,
+        "scores": {score: float(value) for score, value in page["scores"](variables, folder).items()},
+        "epochs": len(losses),
+        "best_epoch": 1 + losses.index(min(losses)),
+        "val_loss": min(losses),
+        "seconds": None if resumed else round(time.perf_counter() - start),
+        "processor_seconds": None if resumed else round(time.process_time() - start_of_process),
+    }
+    return result, (work / "printed.txt").read_text(encoding="utf-8")
+
+
+class Tee:
+    """Writes to a stream, and to a file each line as it is when it ends: a progress bar overwrites its own."""
+
+    def __init__(self, stream, file):
+        self.stream, self.file, self.line = stream, file, ""
+
+    def write(self, text):
+        self.stream.write(text)
+        *ended, self.line = (self.line + text).split("\n")
+        for line in ended:
+            line = re.sub(r"\x1b\[[0-9;]*m|\x08", "", line).rstrip("\r").rpartition("\r")[2]
+            self.file.write(line.rstrip() + "\n")
+        self.flush()
+
+    def flush(self):
+        self.stream.flush()
+        self.file.flush()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Runs tutorials on other data, with R-Drop and without.")
+    parser.add_argument("pages", nargs="+", choices=sorted(PAGES))
+    parser.add_argument("--data", type=pathlib.Path, required=True, metavar="FOLDER")
+    parser.add_argument("--encoder", type=pathlib.Path, metavar="FOLDER", help="with MiniLM, for glue")
+    parser.add_argument(
+        "--work", type=pathlib.Path, default=pathlib.Path("runs"), metavar="FOLDER", help="(%(default)s)"
+    )
+    args = parser.parse_args()
+    for name in args.pages:
+        for seed in range(PAGES[name]["seeds"]):
+            for kind in KINDS:
+                key = f"{name}, {kind}, seed {seed}"
+                if key not in measure.read_runs(RESULTS):
+                    one_run(key, args)
+
+
+def one_run(key, args):
+    """Makes one run in a process of its own, so that none inherits what another left behind."""
+    name, kind, seed = re.fullmatch(r"(\w+), (\w+), seed (\d+)", key).groups()
+    process = os.fork()
+    if process:
+        _, status = os.waitpid(process, 0)
+        if status:
+            raise SystemExit(f"{key} failed.")
+        return
+    work = args.work.resolve() / f"{name}-{kind}-{seed}"
+    result, printed = run(name, kind, int(seed), args.data.resolve(), work, args.encoder and args.encoder.resolve())
+    shown = [(args.data, "FOLDER"), (args.encoder, "ENCODER"), (args.work, "runs")]
+    runs = measure.read_runs(RESULTS)
+    measure.write_runs(RESULTS, {**runs, key: {**result, "provenance": measure.provenance(shown)}})
+    if kind == "rdrop" and seed == "0":
+        (ROOT / "docs" / "outputs" / f"{name}.txt").write_text(printed, encoding="utf-8")
+    shutil.rmtree(work)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
