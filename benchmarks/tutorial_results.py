@@ -1,12 +1,12 @@
 """What the tutorials print when they are trained to their best on one processor core, with R-Drop and without.
 
-A page of `examples/` is run as it is, cell after cell. Replaced are some of its constants and its data, as `PAGES` says:
-what a page downloads by default is too much for one core. Plain training is the same page with `ALPHA = 0`.
+A page of `examples/` is run as it is, cell after cell. `PAGES` says which of its constants are replaced, and by what
+its data: what a page downloads by default is too much for one core. Plain training is the same page with `ALPHA = 0`.
 
     python benchmarks/tutorial_results.py translation --data FOLDER
 
 `FOLDER` has tables of tab-separated columns for each task, and CIFAR-10 as a zip file of images. Results are added to
-`benchmarks/results/tutorials.json`, which knows the runs that need no repetition. What the page printed in a run goes to
+`benchmarks/results/tutorials.json`, and a run that is there is not repeated. What a page printed goes to
 `docs/outputs/`. A run that was interrupted goes on where it was, if `--work` is the same.
 """
 
@@ -70,7 +70,7 @@ def upper_layers_alone(encoder):
     keras_hub.models.TextClassifier.from_preset = with_frozen_layers
 
 
-# Of each page: the data in place of those that it downloads, the constants in place of its own, its score, and its seeds.
+# Of each page: data in place of those that it downloads, constants in place of its own, its scores, how many seeds.
 PAGES = {
     "translation": {
         "data": multi30k,
@@ -105,7 +105,8 @@ PAGES = {
 def with_constants(source, constants):
     """The source of a page with other values of its constants, each of which stands on a line of its own."""
     for name, value in constants.items():
-        source, number = re.subn(rf"^{name} = .*$", lambda _: f"{name} = {value!r}", source, flags=re.MULTILINE)
+        line = f"{name} = {value!r}".replace("\\", r"\\")
+        source, number = re.subn(rf"^{name} = .*$", line, source, flags=re.MULTILINE)
         if number != 1:
             raise ValueError(f"The page must have one line `{name} = …`. Received: {number} of them.")
     return source
@@ -126,9 +127,12 @@ def run(name, kind, seed, folder, work, encoder=None):
     resumed = any(work.iterdir())
     variables = {"__name__": "__main__"}
     start, start_of_process = time.perf_counter(), time.process_time()
-    with contextlib.chdir(work), open("printed.txt", "a", encoding="utf-8") as file:
-        with contextlib.redirect_stdout(Tee(sys.stdout, file)):
-            exec(compile(source, str(ROOT / "examples" / f"{name}.py"), "exec"), variables)
+    with (
+        contextlib.chdir(work),
+        open("printed.txt", "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(Tee(sys.stdout, file)),
+    ):
+        exec(compile(source, str(ROOT / "examples" / f"{name}.py"), "exec"), variables)
     losses = variables["history"].history["val_loss"]
     result = {
         "backend": keras.backend.backend(),

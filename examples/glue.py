@@ -45,6 +45,21 @@ several = keras.backend.backend() == "tensorflow" and len(tf.config.list_logical
 strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 # %% [markdown]
+# ## The model, with R-Drop
+#
+# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through BERT
+# twice with different dropout, and the two predictions of every row are pulled together. BERT comes with dropout of
+# 0.1. To a model that comes without, `rdrop_keras.with_dropout` gives some.
+
+# %%
+with strategy.scope():
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
+    classifier = keras_hub.models.TextClassifier.from_preset(PRESET, num_classes=NUM_CLASSES, preprocessor=preprocessor)
+    model = rdrop_keras.RDropModel(classifier, alpha=ALPHA)
+
+print(rdrop_keras.sharing(model).summary)
+
+# %% [markdown]
 # ## The data
 #
 # A row is two sentences and a label. The batches hold strings, which the KerasHub task makes into tokens.
@@ -60,35 +75,21 @@ train = train.cache().shuffle(10_000, seed=SEED).batch(BATCH_SIZE, drop_remainde
 validation = validation.batch(BATCH_SIZE)
 
 # %% [markdown]
-# ## The model, with R-Drop
+# ## Training
 #
-# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through BERT
-# twice with different dropout, and the two predictions of every row are pulled together. BERT comes with dropout of
-# 0.1. To a model that comes without, `rdrop_keras.with_dropout` gives some.
+# What wraps the model is compiled and trained as the model would be. The loss tells R-Drop to compare two passes by the
+# KL divergence of their classes. Of a model that predicts a number, as for STS-B, with `NUM_CLASSES = 1` and the loss
+# `"mean_squared_error"`, it compares the numbers. `val_loss` is that of BERT alone, without R-Drop, so that it can be
+# compared with plain training.
 
 # %%
+learning_rate = keras.optimizers.schedules.PolynomialDecay(LEARNING_RATE, EPOCHS * len(train), 0.0)
 with strategy.scope():
-    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
-    classifier = keras_hub.models.TextClassifier.from_preset(PRESET, num_classes=NUM_CLASSES, preprocessor=preprocessor)
-    model = rdrop_keras.RDropModel(classifier, alpha=ALPHA)
-
-    learning_rate = keras.optimizers.schedules.PolynomialDecay(LEARNING_RATE, EPOCHS * len(train), 0.0)
     optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=0.01, clipnorm=1.0)
     optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
 
-print(rdrop_keras.sharing(model).summary)
-
-# %% [markdown]
-# The loss tells R-Drop to compare two passes by the KL divergence of their classes. Of a model that predicts a number,
-# as for STS-B, with `NUM_CLASSES = 1` and the loss `"mean_squared_error"`, it compares the numbers.
-#
-# ## Training
-#
-# `val_loss` is that of BERT alone, without R-Drop, so that it can be compared with plain training.
-
-# %%
 callbacks = [
     keras.callbacks.BackupAndRestore("glue_backup"),  # After an interruption the same page goes on where it was.
     keras.callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True, verbose=1),

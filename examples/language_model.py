@@ -38,6 +38,18 @@ SEED = 0
 keras.utils.set_random_seed(SEED)
 
 # %% [markdown]
+# ## The model, with R-Drop
+#
+# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through GPT-2
+# twice with different dropout, and the two predictions of every token are pulled together. GPT-2 comes with dropout of
+# 0.1 in every layer.
+
+# %%
+preprocessor = keras_hub.models.CausalLMPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
+language_model = keras_hub.models.CausalLM.from_preset(PRESET, preprocessor=preprocessor)
+model = rdrop_keras.RDropModel(language_model, alpha=ALPHA)
+
+# %% [markdown]
 # ## The data
 #
 # A row is a hundred words of an article. The marks between the parts of an article are left out. The batches hold
@@ -58,20 +70,13 @@ train = train.shuffle(len(train), seed=SEED).batch(BATCH_SIZE, drop_remainder=Tr
 validation, test = validation.batch(BATCH_SIZE), test.batch(BATCH_SIZE)
 
 # %% [markdown]
-# ## The model, with R-Drop
+# ## Training
 #
-# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through GPT-2
-# twice with different dropout, and the two predictions of every token are pulled together. GPT-2 comes with dropout of
-# 0.1 in every layer.
-#
-# The loss is a mean over the tokens that are not padding. The metric `nll` is the same mean over all batches together.
-# The perplexity is its exponential.
+# What wraps the model is compiled and trained as the model would be. The loss is a mean over the tokens that are not
+# padding. The metric `nll` is the same mean over all batches together, and the perplexity its exponential. `val_loss`
+# is that of GPT-2 alone, without R-Drop, so that it can be compared with plain training.
 
 # %%
-preprocessor = keras_hub.models.CausalLMPreprocessor.from_preset(PRESET, sequence_length=SEQUENCE_LENGTH)
-language_model = keras_hub.models.CausalLM.from_preset(PRESET, preprocessor=preprocessor)
-model = rdrop_keras.RDropModel(language_model, alpha=ALPHA)
-
 num_steps = EPOCHS * len(train)
 learning_rate = keras.optimizers.schedules.CosineDecay(
     0.0, num_steps - num_steps // 10, warmup_target=LEARNING_RATE, warmup_steps=num_steps // 10
@@ -84,12 +89,6 @@ model.compile(
     weighted_metrics=[keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll")],
 )
 
-# %% [markdown]
-# ## Training
-#
-# `val_loss` is that of GPT-2 alone, without R-Drop, so that it can be compared with plain training.
-
-# %%
 callbacks = [
     keras.callbacks.BackupAndRestore("gpt2_backup"),  # After an interruption the same page goes on where it was.
     keras.callbacks.EarlyStopping(patience=PATIENCE, restore_best_weights=True, verbose=1),

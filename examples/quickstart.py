@@ -5,12 +5,15 @@
 # handwritten digits, each shifted at random by up to a pixel. Plain training, plain training for as long as R-Drop
 # takes, and R-Drop are compared, each from three different random weights. R-Drop is the one line that wraps the model.
 #
-# The images come with scikit-learn. On two processor cores the page takes two or three minutes with TensorFlow. With JAX
-# it needs a GPU, because on a processor its compiler makes the shifts slow. In a copy of the repository:
+# The images come with scikit-learn. On two processor cores the page takes two or three minutes with TensorFlow. With
+# JAX it needs a GPU: on a processor its compiler makes the shifts slow. In a copy of the repository, this installs what
+# the page needs:
 #
 #     python -m pip install ".[tensorflow,examples]"
 
 # %%
+import itertools
+
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
@@ -111,7 +114,7 @@ for kind, epochs in EPOCHS.items():
 # Validation loss and accuracy, over steps and over seconds.
 
 # %%
-for history in sum(histories.values(), []):
+for history in itertools.chain(*histories.values()):
     history.history = {key: history.history[key] for key in ("val_loss", "val_accuracy", "seconds")}
 figure = rdrop_keras.plot.compare(histories)
 for axes in figure.axes:  # Without the first quarter of the curves, which is steep.

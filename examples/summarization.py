@@ -34,6 +34,20 @@ SEED = 0
 keras.utils.set_random_seed(SEED)
 
 # %% [markdown]
+# ## The model, with R-Drop
+#
+# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through BART
+# twice with different dropout, and the two predictions of every token are pulled together. BART comes with dropout of
+# 0.1 in every layer.
+
+# %%
+preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor.from_preset(
+    PRESET, encoder_sequence_length=DOCUMENT_LENGTH, decoder_sequence_length=SUMMARY_LENGTH
+)
+summarizer = keras_hub.models.BartSeq2SeqLM.from_preset(PRESET, preprocessor=preprocessor)
+model = rdrop_keras.RDropModel(summarizer, alpha=ALPHA)
+
+# %% [markdown]
 # ## The data
 #
 # A row is an article and its summary. The batches hold strings, under the names that the KerasHub task asks for. It
@@ -53,19 +67,12 @@ train = batches(train.shuffle(10_000, seed=SEED))
 validation, test = batches(validation), batches(test.take(SCORED_ROWS))
 
 # %% [markdown]
-# ## The model, with R-Drop
+# ## Training
 #
-# This is the KerasHub task that you would train without R-Drop. `RDropModel` wraps it: each batch passes through BART
-# twice with different dropout, and the two predictions of every token are pulled together. BART comes with dropout of
-# 0.1 in every layer.
+# What wraps the model is compiled and trained as the model would be. `val_loss` is that of BART alone, without R-Drop,
+# so that it can be compared with plain training.
 
 # %%
-preprocessor = keras_hub.models.BartSeq2SeqLMPreprocessor.from_preset(
-    PRESET, encoder_sequence_length=DOCUMENT_LENGTH, decoder_sequence_length=SUMMARY_LENGTH
-)
-summarizer = keras_hub.models.BartSeq2SeqLM.from_preset(PRESET, preprocessor=preprocessor)
-model = rdrop_keras.RDropModel(summarizer, alpha=ALPHA)
-
 num_steps = EPOCHS * len(train)
 learning_rate = keras.optimizers.schedules.CosineDecay(
     0.0, num_steps - num_steps // 10, warmup_target=LEARNING_RATE, warmup_steps=num_steps // 10
@@ -78,12 +85,6 @@ model.compile(
     weighted_metrics=["accuracy"],
 )
 
-# %% [markdown]
-# ## Training
-#
-# `val_loss` is that of BART alone, without R-Drop, so that it can be compared with plain training.
-
-# %%
 callbacks = [
     keras.callbacks.BackupAndRestore("bart_backup"),  # After an interruption the same page goes on where it was.
     keras.callbacks.EarlyStopping(patience=PATIENCE, restore_best_weights=True, verbose=1),

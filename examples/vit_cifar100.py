@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 import rdrop_keras
 
-DATASET = "cifar100"
+DATASET, NUM_CLASSES = "cifar100", 100
 PRESET = "vit_base_patch16_224_imagenet"  # Any ViT of KerasHub.
 ALPHA = 0.6  # The weight of R-Drop. 0 is plain training.
 DROPOUT = 0.1
@@ -42,6 +42,21 @@ several = keras.backend.backend() == "tensorflow" and len(tf.config.list_logical
 strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 # %% [markdown]
+# ## The model, with dropout and R-Drop
+#
+# The KerasHub task gets a new head for these classes. `with_dropout` returns the same model, with the same weights and
+# dropout at a rate of 0.1 where the ViT has places for it. `RDropModel` wraps that: each batch passes through the
+# model twice, and the two predictions of every image are pulled together.
+
+# %%
+with strategy.scope():
+    classifier = keras_hub.models.ImageClassifier.from_preset(PRESET, num_classes=NUM_CLASSES, activation=None)
+    classifier = rdrop_keras.with_dropout(classifier, DROPOUT)
+    model = rdrop_keras.RDropModel(classifier, alpha=ALPHA)
+
+print(rdrop_keras.sharing(model).summary)
+
+# %% [markdown]
 # ## The data
 #
 # Of 50,000 images to train on, a tenth is kept for validation. Some are mirrored, here and not in the model: so both
@@ -51,7 +66,7 @@ strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_st
 splits = ["train[:90%]", "train[90%:]", "test"]
 (train, validation, test), info = tfds.load(DATASET, split=splits, as_supervised=True, with_info=True)
 names = info.features["label"].names
-print(f"{len(train)} images of {len(names)} classes to train on.")
+print(f"{len(train)} images to train on, of {names[0]}, {names[1]}, {names[2]} …")
 
 
 def to_float(image, label):
@@ -66,36 +81,23 @@ train = train.cache().shuffle(10_000, seed=SEED).map(to_float).map(mirror).batch
 validation, test = validation.map(to_float).batch(BATCH_SIZE), test.map(to_float).batch(BATCH_SIZE)
 
 # %% [markdown]
-# ## The model, with dropout and R-Drop
+# ## Training
 #
-# The KerasHub task gets a new head for these classes. `with_dropout` returns the same model, with the same weights and
-# dropout at a rate of 0.1 where the ViT has places for it. `RDropModel` wraps that: each batch passes through the
-# model twice, and the two predictions of every image are pulled together.
+# What wraps the model is compiled and trained as the model would be. `val_loss` is that of the ViT alone, without
+# R-Drop, so that it can be compared with plain training.
 
 # %%
+num_steps = EPOCHS * len(train)
+learning_rate = keras.optimizers.schedules.CosineDecay(
+    0.0, num_steps - num_steps // 10, warmup_target=LEARNING_RATE, warmup_steps=num_steps // 10
+)
 with strategy.scope():
-    classifier = keras_hub.models.ImageClassifier.from_preset(PRESET, num_classes=len(names), activation=None)
-    classifier = rdrop_keras.with_dropout(classifier, DROPOUT)
-    model = rdrop_keras.RDropModel(classifier, alpha=ALPHA)
-
-    num_steps = EPOCHS * len(train)
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0, num_steps - num_steps // 10, warmup_target=LEARNING_RATE, warmup_steps=num_steps // 10
-    )
     model.compile(
         keras.optimizers.AdamW(learning_rate, weight_decay=0.01, clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
 
-print(rdrop_keras.sharing(model).summary)
-
-# %% [markdown]
-# ## Training
-#
-# `val_loss` is that of the ViT alone, without R-Drop, so that it can be compared with plain training.
-
-# %%
 callbacks = [
     keras.callbacks.BackupAndRestore("vit_backup"),  # After an interruption the same page goes on where it was.
     keras.callbacks.EarlyStopping(patience=PATIENCE, restore_best_weights=True, verbose=1),

@@ -1,4 +1,8 @@
-"""Tutorials as modules, with constants so small that each runs in seconds."""
+"""Tutorials that run whole, with other constants, on prepared data and presets in folders made here.
+
+tensorflow-datasets reads its own format under its own names, and KerasHub loads presets that it has saved. So each line
+that a user with a network runs is run, and only the download is not.
+"""
 
 import importlib.util
 import pathlib
@@ -6,84 +10,75 @@ import re
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
-TEXT_MODEL = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32}
-CONSTANTS = {
-    "tune_alpha": {"STARTS": (0.5,)},
-    "glue": {
-        "SMALL": {**TEXT_MODEL, "dropout": 0.1},
-        "BATCH_SIZE": 16,
-        "SEQUENCE_LENGTH": 12,
-        "SMALL_LEARNING_RATE": 1e-2,
-    },
-    "vit_cifar100": {
-        "SMALL": {"patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32},
-        "BATCH_SIZE": 16,
-        "SMALL_IMAGE_SIZE": 8,
-        "SMALL_LEARNING_RATE": 1e-2,
-    },
-    "translation": {
-        "SMALL": {**TEXT_MODEL, "dropout": 0.1},
-        "BATCH_SIZE": 8,
-        "MAX_LENGTH": 12,
-        "SMALL_VOCABULARY_SIZE": 300,
-    },
-    "language_model": {
-        "SMALL": TEXT_MODEL,
-        "BATCH_SIZE": 8,
-        "WORDS": 8,
-        "SEQUENCE_LENGTH": 24,
-        "SMALL_VOCABULARY_SIZE": 300,
-    },
-    "summarization": {
-        "SMALL": TEXT_MODEL,
-        "BATCH_SIZE": 8,
-        "SMALL_DOCUMENT_LENGTH": 16,
-        "SMALL_SUMMARY_LENGTH": 12,
-        "SMALL_VOCABULARY_SIZE": 300,
-    },
-}
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 @pytest.fixture
-def load(monkeypatch):
-    """Imports a tutorial anew, under a name that no other module has."""
+def run_page(tmp_path, monkeypatch, capsys):
+    """Runs a tutorial with some of its constants replaced. Returns its variables and what it printed."""
 
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"tutorial_{name}", EXAMPLES / f"{name}.py")
-        tutorial = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, tutorial)  # TensorFlow looks up the source of functions there.
-        spec.loader.exec_module(tutorial)
-        for constant, value in CONSTANTS[name].items():
-            assert hasattr(tutorial, constant)
-            monkeypatch.setattr(tutorial, constant, value)
-        return tutorial
+    def run_page(name, **constants):
+        source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        for constant, value in constants.items():
+            line = f"{constant} = {value!r}"
+            source, number = re.subn(rf"^{constant} = .*$", line, source, flags=re.MULTILINE)
+            assert number == 1
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        spec = importlib.util.spec_from_file_location(f"tutorial_{name}", path)
+        page = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, page)  # TensorFlow looks up the source of functions there.
+        spec.loader.exec_module(page)
+        return page, capsys.readouterr().out
 
-    yield load
+    yield run_page
     if keras.backend.backend() == "jax":
         keras.distribution.set_distribution(None)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs a tutorial as on a command line. Returns what it printed."""
+def prepare(tmp_path, monkeypatch):
+    """Writes columns as the prepared data of a dataset, and makes the folder tensorflow-datasets' default one."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
 
-    def run(tutorial, *flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [tutorial.__name__, *map(str, flags)])
-        tutorial.main()
-        return capsys.readouterr().out
+    folder = tmp_path / "tensorflow_datasets"
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
 
-    return run
+    def prepare(name, splits, columns):
+        builder = tfds.builder(name, data_dir=folder)
+        assert set(columns(2)) == set(builder.info.features)
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=builder.name,
+            config=builder.builder_config and builder.builder_config.name,
+            version=str(builder.version),
+            data_dir=folder,
+            features=builder.info.features,
+            split_datasets={split: tf.data.Dataset.from_tensor_slices(columns(rows)) for split, rows in splits.items()},
+        )
+
+    return prepare
 
 
 @pytest.fixture
-def difference():
-    """Returns the printed difference between the outputs of the model and of the loaded one."""
+def preset(tmp_path):
+    """Saves parts of a KerasHub task as a preset. Returns its folder."""
 
-    def difference(printed):
-        return float(re.search(r"differ by at most (\S+)\.\n", printed)[1])
+    def preset(*parts):
+        for part in parts:
+            part.save_to_preset(tmp_path / "preset")
+        return str(tmp_path / "preset")
 
-    return difference
+    return preset
+
+
+@pytest.fixture
+def sentences():
+    """Returns random sentences of a few words."""
+    rng = np.random.default_rng(0)
+    return lambda rows, words=6: [" ".join(rng.choice(WORDS, size=words)) for _ in range(rows)]
