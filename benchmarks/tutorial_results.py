@@ -5,29 +5,31 @@ its data: what a page downloads by default is too much for one core. Plain train
 
     python benchmarks/tutorial_results.py translation --data FOLDER
 
-`FOLDER` has tables of tab-separated columns for each task, and CIFAR-10 as a zip file of images. Results are added to
-`benchmarks/results/tutorials.json`, and a run that is there is not repeated. What a page printed goes to
-`docs/outputs/`. A run that was interrupted goes on where it was, if `--work` is the same.
+`FOLDER` has `multi30k`, `glue` and `wikitext2`, and `cifar10_15k.zip` with images in `train/CLASS` and `test/CLASS`.
+Results are added to `benchmarks/results/tutorials.json`, and a run that is there is not repeated. What a page printed
+goes to `docs/outputs/`. A run that was interrupted goes on where it was, if `--work` is the same.
 """
 
 import argparse
 import contextlib
+import gzip
 import os
 import pathlib
 import re
 import shutil
 import sys
 import time
+import types
 
 import measure
-from tasks import tables
+from tasks import sequences, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tutorials.json"
 KINDS = ("plain", "rdrop")
 
 
-def multi30k(folder):
+def multi30k(folder, work):
     """Captions of photographs in English and German, 29,000 pairs."""
     import tensorflow as tf
 
@@ -36,11 +38,11 @@ def multi30k(folder):
         yield tf.data.Dataset.from_tensor_slices((english, german))
 
 
-def mrpc(folder, splits=("train", "dev")):
+def mrpc(folder, work):
     """Pairs of sentences in the first split of MRPC, 3,576 to train on and 500."""
     import tensorflow as tf
 
-    for split in splits:
+    for split in ("train", "dev"):
         (first, second), labels = tables.glue(folder, "mrpc", split)
         yield tf.data.Dataset.from_tensor_slices({"sentence1": first, "sentence2": second, "label": labels})
 
@@ -55,8 +57,8 @@ def mrpc_scores(page, folder):
     return {"accuracy": page["accuracy"], "F1": page["f1"], **test}
 
 
-def upper_layers_alone(encoder):
-    """Presets are the encoder, of which the two upper layers are trained and the others stay as they are."""
+def minilm(folder, work, encoder):
+    """A pretrained encoder, of which the two upper layers are trained and the others stay as they are."""
     import keras_hub
 
     from_preset = keras_hub.models.TextClassifier.from_preset
@@ -68,9 +70,65 @@ def upper_layers_alone(encoder):
         return classifier
 
     keras_hub.models.TextClassifier.from_preset = with_frozen_layers
+    return encoder
 
 
-# Of each page: data in place of those that it downloads, constants in place of its own, its scores, how many seeds.
+def wikitext2(folder, work):
+    """Articles of Wikipedia: 214,000 words to train on. The words that the data set has left out are left out."""
+    import tensorflow as tf
+
+    for split in ("train", "valid", "test"):
+        with gzip.open(folder / "wikitext2" / f"{split}.txt.gz", "rt", encoding="utf-8") as file:
+            yield tf.data.Dataset.from_tensor_slices({"text": [file.read().replace("<unk>", "")]})
+
+
+def small_gpt2(folder, work, encoder):
+    """A GPT-2 of two layers with random weights, and a vocabulary learned from the text to train on."""
+    import keras_hub
+
+    text = next(wikitext2(folder, work)).as_numpy_iterator().next()["text"].decode()
+    vocabulary, merges = sequences.byte_pairs(text.splitlines(), 4000)
+    vocabulary["<|endoftext|>"] = len(vocabulary)  # Last, as in GPT-2's own: generation takes 0 for the end otherwise.
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges)
+    backbone = keras_hub.models.GPT2Backbone(len(vocabulary), 2, 4, 128, 512, dropout=0.1, max_sequence_length=128)
+    return saved(work / "preset", backbone, tokenizer)
+
+
+def cifar10(folder, work):
+    """Photographs of 32 by 32 pixels, 9,000 to train on, and what `with_info` gives."""
+    import keras
+
+    images = work / "images"
+    shutil.unpack_archive(folder / "cifar10_15k.zip", images)
+    options = {"image_size": (32, 32), "batch_size": None, "verbose": False}
+    train, validation = keras.utils.image_dataset_from_directory(
+        images / "train", validation_split=0.1, subset="both", seed=0, **options
+    )
+    test = keras.utils.image_dataset_from_directory(images / "test", shuffle=False, **options)
+    label = types.SimpleNamespace(names=train.class_names)
+    return (train, validation, test), types.SimpleNamespace(features={"label": label})
+
+
+def small_vit(folder, work, encoder):
+    """A ViT of four layers with random weights."""
+    import keras_hub
+
+    converter = keras_hub.layers.ViTImageConverter(image_size=(32, 32), scale=1 / 127.5, offset=-1.0)
+    preprocessor = keras_hub.models.ViTImageClassifierPreprocessor(converter)
+    backbone = keras_hub.models.ViTBackbone((32, 32, 3), 4, 4, 4, 64, 128)
+    return saved(work / "preset", keras_hub.models.ViTImageClassifier(backbone, 10, preprocessor))
+
+
+def saved(folder, *parts):
+    """Saves parts of a KerasHub task as a preset, once. Returns its folder."""
+    if not folder.exists():
+        for part in parts:
+            part.save_to_preset(folder)
+    return folder
+
+
+# Of each page: data in place of those that it downloads, constants in place of its own, what gives it a preset, its
+# scores, and how many seeds.
 PAGES = {
     "translation": {
         "data": multi30k,
@@ -88,16 +146,29 @@ PAGES = {
     },
     "glue": {
         "data": mrpc,
-        "prepare": upper_layers_alone,
-        "constants": {
-            "PRESET": "ENCODER",
-            "EPOCHS": 4,
-            "BATCH_SIZE": 16,
-            "LEARNING_RATE": 1e-4,
-            "SEQUENCE_LENGTH": 64,
-        },
+        "preset": minilm,
+        "constants": {"EPOCHS": 4, "BATCH_SIZE": 16, "LEARNING_RATE": 1e-4, "SEQUENCE_LENGTH": 64},
         "scores": mrpc_scores,
         "seeds": 3,
+    },
+    "language_model": {
+        "data": wikitext2,
+        "preset": small_gpt2,
+        "constants": {
+            "EPOCHS": 12,
+            "LEARNING_RATE": 1e-3,
+            "WORDS": 64,
+            "SEQUENCE_LENGTH": 96,
+        },
+        "scores": lambda page, folder: {"perplexity": page["perplexity"]},
+        "seeds": 1,
+    },
+    "vit_cifar100": {
+        "data": cifar10,
+        "preset": small_vit,
+        "constants": {"DATASET, NUM_CLASSES": ("cifar10", 10), "EPOCHS": 40, "PATIENCE": 8, "LEARNING_RATE": 1e-3},
+        "scores": lambda page, folder: {"accuracy": page["accuracy"], "loss": page["loss"]},
+        "seeds": 1,
     },
 }
 
@@ -119,12 +190,13 @@ def run(name, kind, seed, folder, work, encoder=None):
 
     page = PAGES[name]
     constants = {**page["constants"], "SEED": seed, **({"ALPHA": 0.0} if kind == "plain" else {})}
-    given = {**constants, **({"PRESET": str(encoder)} if "PRESET" in constants else {})}
-    source = with_constants((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"), given)
-    page.get("prepare", lambda encoder: None)(encoder)
-    tfds.load = lambda *args, **kwargs: list(page["data"](folder))
     work.mkdir(parents=True, exist_ok=True)
     resumed = any(work.iterdir())
+    keras.utils.set_random_seed(seed)  # For the weights of a preset that is made here.
+    preset = {"PRESET": str(page["preset"](folder, work, encoder))} if "preset" in page else {}
+    path = ROOT / "examples" / f"{name}.py"
+    source = with_constants(path.read_text(encoding="utf-8"), {**constants, **preset})
+    tfds.load = lambda *args, **kwargs: tuple(page["data"](folder, work))
     variables = {"__name__": "__main__"}
     start, start_of_process = time.perf_counter(), time.process_time()
     with (
@@ -132,7 +204,7 @@ def run(name, kind, seed, folder, work, encoder=None):
         open("printed.txt", "a", encoding="utf-8") as file,
         contextlib.redirect_stdout(Tee(sys.stdout, file)),
     ):
-        exec(compile(source, str(ROOT / "examples" / f"{name}.py"), "exec"), variables)
+        exec(compile(source, str(path), "exec"), variables)
     losses = variables["history"].history["val_loss"]
     result = {
         "backend": keras.backend.backend(),
