@@ -219,6 +219,17 @@ def run(name, kind, seed, folder, work, encoder=None):
     return result, (work / "printed.txt").read_text(encoding="utf-8")
 
 
+def cells(name, kind, runs):
+    """The cells of a table on the page: epochs, the best of them, minutes of a core, and scores, means over seeds."""
+    kind = "plain" if kind == "plain" else "rdrop"
+    chosen = [run for key, run in runs.items() if key.startswith(f"{name}, {kind}, ")]
+    columns = [[run["epochs"] for run in chosen], [run["best_epoch"] for run in chosen]]
+    minutes = [run["processor_seconds"] / 60 for run in chosen if run["processor_seconds"] is not None]
+    columns = [measure.mean_and_deviation(column, ".3g", ".1g") for column in (*columns, minutes)]
+    scores = [[run["scores"][score] for run in chosen] for score in chosen[0]["scores"]]
+    return columns + [measure.mean_and_deviation(column, ".3g", ".1g") for column in scores]
+
+
 class Tee:
     """Writes to a stream, and to a file each line as it is when it ends: a progress bar overwrites its own."""
 

@@ -4,8 +4,9 @@ import io
 import pathlib
 import re
 
-import measure
 import pytest
+
+import measure
 import tutorial_results
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"

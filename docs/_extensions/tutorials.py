@@ -1,7 +1,7 @@
 """Tutorials from the files of `examples/`: text, code, text, and at the end what a run printed.
 
 The page `docs/tutorials/NAME.md` is replaced by what `to_markdown` makes of `examples/NAME.py`. That file is made of
-cells, which begin with `# %% [markdown]` or `# %%`, as editors and Jupytext read them. What the page says about results,
+cells, which begin with `# %% [markdown]` or `# %%`, as editors and Jupytext read them. What the page says of results,
 from its first heading of the second level on, stays at the end, before the text of `docs/outputs/NAME.txt`.
 """
 
