@@ -102,9 +102,11 @@ history = model.fit(train, validation_data=validation, epochs=EPOCHS, callbacks=
 
 # %%
 summarizer.compile(sampler="greedy")
-summaries = summarizer.generate(test.map(lambda row: row["encoder_text"]))
 rows = list(test.unbatch().as_numpy_iterator())
 documents, references = ([row[name].decode() for row in rows] for name in ("encoder_text", "decoder_text"))
+summaries = []
+for i in range(0, len(documents), BATCH_SIZE):
+    summaries += summarizer.generate(documents[i : i + BATCH_SIZE])
 
 scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
 scores = [scorer.score(reference, summary) for reference, summary in zip(references, summaries)]

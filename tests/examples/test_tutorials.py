@@ -146,12 +146,11 @@ def test_language_model(run_page, prepare, preset, sentences):
 
     prepare("wiki40b/en", {"train": 12, "validation": 6, "test": 6}, columns)
     vocabulary, merges = byte_pairs(sentences(8))
-    vocabulary["<|endoftext|>"] = len(
-        vocabulary
-    )  # Last, as in GPT-2's own: generation takes a padding's 0 for the end.
+    # Last, as in GPT-2's own vocabulary: generation would take a padding's 0 for the end.
+    vocabulary["<|endoftext|>"] = len(vocabulary)
     tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges)
     backbone = keras_hub.models.GPT2Backbone(len(vocabulary), **SMALL, dropout=0.1, max_sequence_length=24)
-    constants = {"EPOCHS": 1, "BATCH_SIZE": 8, "WORDS": 8, "SEQUENCE_LENGTH": 24}
+    constants = {"EPOCHS": 1, "BATCH_SIZE": 8, "WORDS": 8, "SEQUENCE_LENGTH": 24, "PROMPT": "one"}
     constants["SPLITS"] = ["train[:8]", "validation[:4]", "test[:4]"]
     page, printed = run_page("language_model", PRESET=preset(backbone, tokenizer), **constants)
     assert re.search(r"Perplexity of a token of the test articles: \d+\.\d\d\n", printed)
