@@ -162,9 +162,8 @@ def prices(task, variants, setting):
             models[variant].train_on_batch(*next(source))
     seconds = {variant: [] for variant in variants}
     for turn in range(TURNS):
-        for variant in itertools.islice(
-            itertools.cycle(variants), turn % len(variants), turn % len(variants) + len(variants)
-        ):
+        first = turn % len(variants)
+        for variant in variants[first:] + variants[:first]:
             batch = next(source)
             began = time.perf_counter()
             models[variant].train_on_batch(*batch)
