@@ -109,19 +109,20 @@ def measured(case, tiny, lock, deadline):
     return result
 
 
-def print_table(results):
+def print_table(results, tiny=False):
     """Steps in milliseconds and in parts of those of plain training, of one row and of two."""
-    print(f"\n{'':60}{'ms':>9}{'× plain':>9}{'× 2N':>7}{'first s':>9}{'peak MiB':>10}")
+    print(f"\n{'':72}{'ms':>9}{'× plain':>9}{'× 2N':>7}{'first s':>9}{'peak MiB':>10}")
     for network, engine, variant in cases():
         result = results.get(name_of((network, engine, variant)))
-        label = f"{NETWORKS[network]['title']}, {engine}: {variant}"[:60]
+        title = f"small {network}" if tiny else NETWORKS[network]["title"]
+        label = f"{title}, {engine}: {variant}"
         if result is None or "error" in result:
-            print(f"{label:60}  {result['error'][:70] if result else 'not run'}")
+            print(f"{label:72}  {result['error'][:70] if result else 'not run'}")
             continue
         ratios = [ratio(results, result, (network, engine, yardstick)) for yardstick in (PLAIN, DOUBLE)]
         first = sum(result.get(key, 0) for key in ("seconds_to_trace", "seconds_to_compile", "seconds_of_first_step"))
         print(
-            f"{label:60}{1000 * result['seconds']:9.2f}{ratios[0]:>9}{ratios[1]:>7}{first:9.1f}"
+            f"{label:72}{1000 * result['seconds']:9.2f}{ratios[0]:>9}{ratios[1]:>7}{first:9.1f}"
             f"{result['peak_MiB']:10.0f}"
         )
 
@@ -144,7 +145,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file of the results, written after each case")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
-    results = measure.read_runs(args.out) if args.out else {}
+    results = measure.read_runs(args.out, args.tiny) if args.out else {}
     missing = [case for case in cases() if "seconds" not in results.get(name_of(case), {})]
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
         lock = pathlib.Path(folder, "lock")
@@ -155,7 +156,7 @@ def main():
             print(f"{name}: {result.get('error') or format(1000 * result['seconds'], '.2f') + ' ms'}", flush=True)
             if args.out:
                 measure.write_runs(args.out, results)
-    print_table(results)
+    print_table(results, args.tiny)
     failed = [name for name, result in results.items() if "not installed" not in result.get("error", "not installed")]
     sys.exit(f"These failed: {'; '.join(failed)}." if failed else 0)
 

@@ -78,11 +78,13 @@ def write_runs(path, runs):
     write(path, {"provenance": {str(i): source for i, source in enumerate(sources)}, "runs": lines})
 
 
-def read_runs(path):
-    """What `write_runs` wrote, each run with its provenance, or no runs if there is no such file."""
+def read_runs(path, tiny=False):
+    """What `write_runs` wrote, each run with its provenance: those of `--tiny`, or all others. No runs of no file."""
     content = read(path, {"provenance": {}, "runs": {}})
+    sources = {key: source for key, source in content["provenance"].items() if ("--tiny" in source["command"]) == tiny}
+    runs = content["runs"].items()
     return {
-        name: {**run, "provenance": content["provenance"][run["provenance"]]} for name, run in content["runs"].items()
+        name: {**run, "provenance": sources[run["provenance"]]} for name, run in runs if run["provenance"] in sources
     }
 
 

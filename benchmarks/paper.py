@@ -174,7 +174,7 @@ def main():
 
 def make_runs(args):
     deadline = time.monotonic() + 60 * args.minutes
-    results = measure.read_runs(args.out) if args.out else {}
+    results = measure.read_runs(args.out, args.tiny) if args.out else {}
     runs = [run for run in plan(args.seeds) if run[0] in args.tasks]
     print_plan(runs, results, args.processes)
     if args.plan:

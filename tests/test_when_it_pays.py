@@ -111,6 +111,14 @@ def test_results_have_a_run_a_line_and_each_provenance_once(tmp_path):
     assert measure.read_runs(tmp_path / "nothing.json") == {}
 
 
+def test_small_runs_stand_for_no_others(tmp_path):
+    sources = {"command": "python gpu.py --tiny --out a.json"}, {"command": "python gpu.py --out a.json"}
+    runs = {name: {"seconds": 1.0, "provenance": source} for name, source in zip(("a", "b"), sources)}
+    measure.write_runs(tmp_path / "a.json", runs)
+    assert measure.read_runs(tmp_path / "a.json") == {"b": runs["b"]}
+    assert measure.read_runs(tmp_path / "a.json", tiny=True) == {"a": runs["a"]}
+
+
 def test_every_run_has_the_time_of_plain_training():
     price = {"plain": 1.0, "R-Drop": 1.6, "R-Drop from ½": 1.0, "KLBudget": 1.7}
     for variant, mean in (("plain", 1.0), ("R-Drop", 1.6), ("R-Drop from ½", 1.3), ("R-Drop from ¾", 1.15)):
