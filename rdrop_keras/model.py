@@ -39,8 +39,10 @@ class RDropModel(WrapperModel):
     `loss_weights`. What layers give to `add_loss`, and weight regularizers, are added once; a layer's own `add_loss`
     should be a mean over the batch, since it sees the rows of all passes.
 
-    In `evaluate`, `predict`, `export` and when called, it is the wrapped model: one pass, dropout off, and `val_loss`
-    is the compiled loss alone. A step of `fit` logs
+    In all but training it is the wrapped model. `evaluate`, `predict`, `export` and calls make one pass, with dropout
+    off, and `val_loss` is the compiled loss alone. `layers`, `inputs`, `get_layer`, `generate` and whatever else the
+    wrapper does not have itself are the model's, and what is assigned to them reaches it. What the model is when it is
+    compiled is what trains. A step of `fit` logs
 
     - `loss`: L, with what layers add;
     - `task_loss`: the mean over passes of the compiled loss;
@@ -52,6 +54,9 @@ class RDropModel(WrapperModel):
     new program (on JAX from the next epoch, if it is not assigned through a callback's `self.model`), and is saved with
     the model. All other arguments are fixed. `compile` starts the optimizer anew and leaves α alone: a schedule's step,
     which counts the steps that this `RDropModel` has made, and what a `KLBudget` has found go on.
+
+    A subclass may override `train_step`. In it `self(x, training=True)` returns the rows of all passes, and
+    `self.compute_loss(x, y, outputs, sample_weight)` is L. `training_step` does the same for loops of one's own.
 
     Rows of a batch are taken to be independent, but for batch normalization. Where shapes tell that they are not, such
     as for similarities of each row with each, or where a layer is known to draw one number for the whole batch, the
@@ -78,11 +83,10 @@ class RDropModel(WrapperModel):
         every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are R-Drop's and the others plain, of one pass;
             `consistency_loss` is averaged over the first, NaN in an epoch without them, and `task_loss` over all. Not
             with `steps_per_execution` above 1. Defaults to 1.
-        start: s ≥ 0. The steps before step s are plain training, with the numbers and the price of `alpha=0`, and
-            R-Drop starts at step s, from which `every` counts: where it pays late, and its steps cost more. A
-            schedule for `alpha` counts from step 0 all the same. With `steps_per_execution` above 1, an execution is
-            plain if its first step is before s. Steps are counted over all calls of `fit`, and go on in a file that
-            is loaded. Defaults to 0.
+        start: s ≥ 0. The steps before step s are plain training at the price of plain training, and R-Drop starts at
+            step s, from which `every` counts: where it pays late, and its steps cost more. A schedule for `alpha`
+            counts from step 0 all the same. Steps are counted over all calls of `fit`, and go on in a file that is
+            loaded. Not with `steps_per_execution` above 1. Defaults to 0.
         dropout_rates: One rate for each pass, from 0 to less than 1 (section 4.4): pass i runs all dropout layers whose
             own rate is above 0 at rate i, attention and recurrent dropout included; at rate 0 it is the full model.
             The passes then run one after another, so that batch normalization sees them one by one. `None`, the
@@ -189,7 +193,8 @@ class RDropModel(WrapperModel):
 
         Raises:
             ValueError: If there is no `loss`, of which R-Drop needs one unless `alpha=0`; if the divergence of an
-                output cannot be told from it; if `steps_per_execution` is above 1 while `every` is.
+                output cannot be told from it; if `steps_per_execution` is above 1 and `every` above 1 or `start`
+                above 0.
         """
         if "auto" in [argument for argument in (optimizer, loss) if isinstance(argument, str)]:
             raise ValueError(
@@ -230,8 +235,13 @@ class RDropModel(WrapperModel):
     ) -> Any:
         """Computes the loss of a step; `y_pred` has the rows of all passes. See `keras.Model.compute_loss`."""
         self._check_targets(y)
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         made = step.current()
+        if made is not None and made.num_passes > 1 and not made.called:
+            raise ValueError(
+                "In a step of R-Drop the outputs must come from `self(x, training=True)`, which makes all passes; "
+                "`self.model(x, training=True)` makes one. Received: outputs made without it."
+            )
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if made is not None and not made.loss_made:
             made.loss_made = True
             with replicas.after(loss):

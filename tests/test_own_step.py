@@ -415,3 +415,11 @@ def test_training_step_needs_a_compiled_loss():
     message = r"`training_step` needs the compiled loss of this RDropModel: `compile"
     with pytest.raises(RuntimeError, match=message), model.training_step():
         pass
+
+
+def test_outputs_of_the_model_inside_are_an_error():
+    model = RDropModel(inner())
+    model.compile("sgd", LOSS)
+    message = r"must come from `self\(x, training=True\)`, which makes all passes"
+    with pytest.raises(ValueError, match=message), model.training_step():
+        model.compute_loss(X, Y, model.model(X, training=True))
