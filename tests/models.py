@@ -30,7 +30,11 @@ class Passes(keras.layers.Layer):
     def call(self, inputs, training=None):
         w = ops.cast(self.w, self.compute_dtype)
         outputs = ops.reshape(w, (-1, *self.values.shape[2:])) if training else w[0]
-        return self.activation(outputs[: ops.shape(inputs)[0]])
+        rows = ops.shape(inputs)[0]
+        if not isinstance(rows, int) or rows <= outputs.shape[0]:
+            return self.activation(outputs[:rows])
+        # Symbolically at another batch size: as many rows as the inputs have.
+        return self.activation(ops.repeat(outputs[:1], rows, axis=0))
 
 
 def gradients_of_step(model, *args, **kwargs):

@@ -67,6 +67,15 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         """What makes steps differ in their passes, for messages."""
         return f"steps of {' and '.join(map(str, self.passes_of_steps))} passes"
 
+    def check_steps_per_execution(self) -> None:
+        """Raises if steps differ in their passes and executions are of several steps."""
+        if len(self.passes_of_steps) > 1 and self.steps_per_execution > 1:
+            raise ValueError(
+                "Where the number of passes differs from step to step, `steps_per_execution` must be 1: each number is "
+                "a program of its own, and an execution of several steps cannot choose between them. "
+                f"Received: {self.described_steps()}, steps_per_execution={self.steps_per_execution}."
+            )
+
     def passes_of_step(self, number: int) -> int:
         """How often the rows of the batch stand in the outputs of the step of that number."""
         return self.passes_of_steps[0]
@@ -165,6 +174,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the programs of training, one for each number of passes."""
+        self.check_steps_per_execution()
         if self._as_is:
             super().make_train_function(force)
             return

@@ -148,13 +148,11 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         """Configures training; see `keras.Model.compile`, whose arguments it takes."""
         made = None if self._as_is else self.make_loss(loss, loss_weights)
         super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, *args, **kwargs)
-        if len(self.passes_of_steps) > 1 and self.steps_per_execution > 1:
+        try:
+            self.check_steps_per_execution()
+        except ValueError:
             self.compiled = False
-            raise ValueError(
-                "Where the number of passes differs from step to step, `steps_per_execution` must be 1: each number is "
-                "a program of its own, and an execution of several steps cannot choose between them. "
-                f"Received: {self.described_steps()}, steps_per_execution={self.steps_per_execution}."
-            )
+            raise
         if made is not None:
             keras_private.set_compiled_loss(self, made)
         if keras_private.has_metrics(self) and not self._as_is:
