@@ -197,6 +197,28 @@ def test_sizes_that_are_known_in_the_step_alone():
     assert history["consistency_loss"][0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize(
+    "name, loss", [("js", "kl_divergence"), ("bernoulli_kl", "binary_crossentropy"), ("mse", "mse")]
+)
+def test_an_axis_of_classes_of_unknown_size(name, loss):
+    """Such as logits over the words of a padded text; those of cross-entropy are read in `crossentropy.py`."""
+    import tensorflow as tf
+
+    x = [probabilities(4, length) for length in (3, 4, 6)]
+    signature = (tf.TensorSpec((None, None)), tf.TensorSpec((None, None)))
+    data = tf.data.Dataset.from_generator(lambda: zip(x, x), output_signature=signature)
+    inputs = keras.Input((None,))
+    half = layers.Dense(1, use_bias=False, kernel_initializer=keras.initializers.Constant(0.5))
+    outputs = Doubled()(half(inputs[..., None])[..., 0])
+    model = RDropModel(keras.Model(inputs, outputs), 1.0, Divergence(name, from_logits=False))
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    oracle = getattr(reference, {"mse": "mse"}.get(name, f"{name}_of_probabilities"))
+    passes = [np.stack([each / 2, each]).astype("float64") for each in x]
+    expected = np.mean([reference.mean_over_pairs(oracle, each).mean() for each in passes])
+    assert model.fit(data, verbose=0).history["consistency_loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
 class Doubled(layers.Layer):
     """In training doubles the rows of the second of two passes."""
 
