@@ -271,12 +271,13 @@ def main():
     parser.add_argument("--runs", type=json.loads, required=True, metavar="JSON", help="[[alpha, times, seed], …]")
     parser.add_argument("--arrays", type=pathlib.Path, required=True, metavar="FOLDER")
     parser.add_argument("--encoder", type=pathlib.Path, metavar="FOLDER")
-    parser.add_argument("--seconds", type=int, default=0, help="after which the process ends; 0 for never")
+    parser.add_argument("--until", type=float, help="the time, in seconds of the epoch, at which the process ends")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     # KerasHub would import it where it is, which takes seconds and a part of the card.
     sys.modules |= dict.fromkeys(("tensorflow", "tensorflow_text"))
-    signal.alarm(args.seconds)
+    if args.until is not None:
+        signal.alarm(max(1, int(args.until - time.time())))
     keras.config.set_dtype_policy("mixed_bfloat16")
     make = Multi30k if args.task == "multi30k" else functools.partial(Glue, args.task)
     trainer = Trainer(make(args.arrays, args.encoder, args.tiny), args.kind, args.tiny)
