@@ -102,9 +102,11 @@ def check_logs(metrics, own):
         result = {} if metric in own else metric.result()
         for name in result if isinstance(result, dict) else [metric.name]:
             if name in names:
+                of_output = not isinstance(result, dict) and name.endswith("_loss")
+                received = f"an output {name.removesuffix('_loss')!r}" if of_output else "a metric"
                 raise ValueError(
                     f"R-Drop logs {', '.join(map(repr, names))}. No output and no metric can be logged by one of these "
                     "names, as an output called 'task' has its loss logged as 'task_loss'. Rename it: an output by its "
-                    f"layer's `name` or its key in the outputs, a metric by `name`. Received: one that is logged "
-                    f"as {name!r}."
+                    f"layer's `name` or its key in the outputs, a metric by `name`. Received: {received} that "
+                    f"is logged as {name!r}."
                 )
