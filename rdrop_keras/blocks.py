@@ -1,4 +1,4 @@
-"""Loops over blocks of rows that stay in a processor's cache, which Keras does not have.
+"""Loops over blocks of rows that stay in a processor's cache, on TensorFlow and PyTorch.
 
 Comes in: a function of a block's number. Goes out: what it computes of all blocks. Called by: `crossentropy.py`.
 """

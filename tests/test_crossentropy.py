@@ -154,6 +154,35 @@ def test_a_large_offset_between_nearly_equal_passes():
     np.testing.assert_allclose(divergence, reference.mean_over_pairs(reference.kl, exact), rtol=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Elsewhere all sizes are known.")
+@pytest.mark.parametrize("kind", ["sparse", "categorical"])
+def test_an_unknown_number_of_classes(kind):
+    import tensorflow as tf
+
+    logits, y = np.random.normal(size=(6, 5)).astype("float32"), np.array([0, 4, 2])
+    if kind == "sparse":
+        loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    else:
+        loss, y = losses.CategoricalCrossentropy(from_logits=True, label_smoothing=SMOOTHING), np.eye(5)[y]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None))])
+    def values_and_gradient(logits):
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            values = crossentropy.crossentropy_and_kl(loss, tf.constant(y), logits, 2)
+            total = tf.reduce_sum(values)
+        return values, tape.gradient(total, logits)
+
+    def total(passes):
+        value = reference.sparse_cross_entropy if kind == "sparse" else smoothed
+        return sum(value(y, p) for p in passes).sum() / 2 + reference.mean_over_pairs(reference.kl, passes).sum()
+
+    values, gradient = values_and_gradient(logits)
+    passes = logits.reshape(2, 3, 5)
+    np.testing.assert_allclose(np.sum(values), total(passes.astype("float64")), rtol=1e-5)
+    np.testing.assert_allclose(gradient, reference.gradient(total, passes).reshape(6, 5), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA tells its count on JAX.")
 @pytest.mark.parametrize("on_processor", [True, False])
 @pytest.mark.parametrize("dtype, most", [("float32", 14), ("bfloat16", 12)])
