@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from scipy import stats
 
 import measure
 import paper_data
@@ -143,22 +142,24 @@ class Glue:
 
         backbone = keras_hub.models.BertBackbone.from_config(self.config)
         backbone.set_weights(self.pretrained)
-        task = keras_hub.models.BertTextClassifier(backbone, self.num_outputs, dropout=0.1)
+        # The head in full precision: bfloat16 has too few digits for a score of numbers.
+        task = keras_hub.models.BertTextClassifier(backbone, self.num_outputs, dropout=0.1, dtype="float32")
         return keras.Model(task.inputs, task.outputs)
 
     def score(self, network):
         x, y, _ = self.split("test")
         outputs = network.predict(x, batch_size=len(y), verbose=0)
         if self.score_name == "Pearson":
-            return float(stats.pearsonr(y, outputs[:, 0])[0])
+            return correlation(y, outputs[:, 0])
         guesses = outputs.argmax(axis=-1)
-        return matthews(y, guesses) if self.score_name == "Matthews" else float((guesses == y).mean())
+        return correlation(y, guesses) if self.score_name == "Matthews" else float((guesses == y).mean())
 
 
-def matthews(y, guesses):
-    """Matthews correlation of two classes: Pearson's of their numbers, 0 where one of them is constant."""
-    deviations = np.std(y) * np.std(guesses)
-    return float(np.mean((y - y.mean()) * (guesses - guesses.mean())) / deviations) if deviations else 0.0
+def correlation(a, b):
+    """Pearson's, which of two classes is Matthews'; 0 where one of them is constant."""
+    a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
+    deviations = np.std(a) * np.std(b)
+    return float(np.mean((a - a.mean()) * (b - b.mean())) / deviations) if deviations else 0.0
 
 
 # ## Runs

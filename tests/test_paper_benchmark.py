@@ -105,7 +105,7 @@ def test_a_run_is_the_same_after_another(kind):
 
 @pytest.mark.backends("jax")
 @pytest.mark.needs("keras_hub")
-def test_learning_rate_and_matthews():
+def test_learning_rate_and_correlation():
     from sklearn.metrics import matthews_corrcoef
 
     import paper_run
@@ -114,8 +114,10 @@ def test_learning_rate_and_matthews():
     assert max(rates) == 0.3 and rates[0] < rates[1] < rates[2] and rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.02
     y, guesses = np.random.default_rng(0).integers(0, 2, (2, 50))
-    np.testing.assert_allclose(paper_run.matthews(y, guesses), matthews_corrcoef(y, guesses))
-    assert paper_run.matthews(y, np.zeros(50)) == 0
+    np.testing.assert_allclose(paper_run.correlation(y, guesses), matthews_corrcoef(y, guesses))
+    assert paper_run.correlation(y, np.zeros(50)) == 0
+    outputs = y + np.random.default_rng(1).normal(size=50).astype("float32")
+    np.testing.assert_allclose(paper_run.correlation(y, outputs), np.corrcoef(y, outputs)[0, 1])
 
 
 @pytest.mark.slow
