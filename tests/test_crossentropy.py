@@ -154,7 +154,7 @@ def test_a_large_offset_between_nearly_equal_passes():
     np.testing.assert_allclose(divergence, reference.mean_over_pairs(reference.kl, exact), rtol=1e-5)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Elsewhere all sizes are known.")
+@pytest.mark.backends("tensorflow")  # Elsewhere all sizes are known.
 @pytest.mark.parametrize("kind", ["sparse", "categorical"])
 def test_an_unknown_number_of_classes(kind):
     import tensorflow as tf
@@ -183,7 +183,7 @@ def test_an_unknown_number_of_classes(kind):
     np.testing.assert_allclose(gradient, reference.gradient(total, passes).reshape(6, 5), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA tells its count on JAX.")
+@pytest.mark.backends("jax")  # There XLA tells its count.
 @pytest.mark.parametrize("on_processor", [True, False])
 @pytest.mark.parametrize("dtype, most", [("float32", 14), ("bfloat16", 12)])
 def test_bytes_read_and_written(dtype, most, on_processor, monkeypatch):

@@ -163,4 +163,4 @@ def test_inconsistency_of_a_model_without_training():
     model = Net(layers.RandomFlip(seed=1), Identity())
     model(IMAGES)
     model.compile("sgd", LOSS)
-    assert inconsistency(model, IMAGES, Y, passes=2, batch_size=N).divergence.value > 0
+    assert inconsistency(model, IMAGES, Y, num_passes=2, batch_size=N).divergence.value > 0

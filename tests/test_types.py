@@ -30,7 +30,8 @@ def functions(public):
         yield public.__name__, public
     for name, value in vars(public).items() if inspect.isclass(public) else ():
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        if inspect.isfunction(value) and (not name.startswith("_") or name.startswith("__")):
+        written = inspect.isfunction(value) and value.__code__.co_filename != "<string>"  # Not by `dataclass`.
+        if written and (not name.startswith("_") or name.startswith("__")):
             yield f"{public.__name__}.{name}", value
 
 
