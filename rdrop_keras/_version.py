@@ -1,6 +1,6 @@
 """The version of the package, and the versions of Keras with which it is tested.
 
-It is imported before `keras_private`, since another Keras may lack private names.
+It is imported before `keras_private`, so that an untested Keras gets the warning even if private names are missing.
 """
 
 import warnings

@@ -31,16 +31,16 @@ class KLBudget:
 
         α ← min(max(α + step · (C/ε − 1), 0), maximum).
 
-    Where α settles, the average of C is ε. If C stays below ε without R-Drop, α is 0. Under `tf.distribute` α moves by
-    the mean of C over replicas.
+    Where α settles, the average of C is ε. If C stays below ε without R-Drop, α falls to 0. Under `tf.distribute` α
+    moves by the mean of C over replicas.
 
     Args:
         target: ε > 0, in units of the logged `consistency_loss`.
         step: How much α grows in a step in which C is twice the target. Smaller is smoother and slower.
             Defaults to 0.1.
         initial: α at the start, from 0 to `maximum`. Defaults to 1.
-        maximum: The largest α, which keeps α from growing without end if the target is out of reach. `fit` warns once
-            if it ends there. Defaults to 100.
+        maximum: The largest α. It keeps α from growing without end if the target is out of reach. `fit` warns once if
+            α ends there. Defaults to 100.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -90,8 +90,8 @@ class KLBudget:
         return f"KLBudget(target={self.target}, step={self.step}, initial={self.initial}, maximum={self.maximum})"
 
 
-# What an `RDropModel` takes for its α. A `LearningRateSchedule` is a function of the step; type checkers do not know
-# Keras's class, and would accept anything if it stood here.
+# What an `RDropModel` takes for its α. A `LearningRateSchedule` is covered as a function of the step. Type checkers do
+# not know Keras's class, and would accept anything if it stood here.
 Alpha: TypeAlias = float | KLBudget | Callable[[Any], Any]
 
 
@@ -122,7 +122,7 @@ class _Alpha:
         raise NotImplementedError
 
     def observe(self, consistency, weight):
-        """Receives a step's consistency loss. `weight` returns the sum of the weights over which it is a mean."""
+        """Receives a step's consistency loss, a mean. The function `weight` returns the sum of the weights in it."""
 
     def end_step(self):
         """Counts a step of training."""
@@ -154,8 +154,8 @@ class _Alpha:
 class Fixed(_Alpha):
     """A fixed α. It is a variable, so that another number can be assigned without a new program.
 
-    A number that was assigned is saved with the model's weights, as a learning rate is. The number that the model was
-    made with is not, so that weights can be loaded into a model with another α.
+    A number that was assigned is saved with the model's weights, as a learning rate is. The number with which the model
+    was made is not saved there, so that weights can be loaded into a model with another α.
     """
 
     moves = False
@@ -289,7 +289,7 @@ class Budgeted(_Alpha):
 
 
 def check_alpha(alpha):
-    """Raises if `alpha` is nothing that an `RDropModel` accepts."""
+    """Raises if an `RDropModel` does not accept `alpha`."""
     choices = "a number ≥ 0, a LearningRateSchedule, a KLBudget or a function"
     if isinstance(alpha, type):
         raise TypeError(

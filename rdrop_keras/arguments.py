@@ -1,7 +1,7 @@
 """Checks of the numbers that users give.
 
-Comes in: the name and value of an argument. Goes out: nothing, or an error that names what was received. Called by: all
-that takes numbers from users.
+Comes in: the name and value of an argument. Goes out: nothing, or an error that names what was received. Called by:
+every function that takes numbers from users.
 """
 
 import math

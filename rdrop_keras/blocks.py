@@ -1,6 +1,7 @@
 """Loops over blocks of rows that stay in a processor's cache, on TensorFlow and PyTorch.
 
-Comes in: a function of a block's number. Goes out: what it computes of all blocks. Called by: `crossentropy.py`.
+Comes in: a tensor, and on TensorFlow a function of a block's number. Goes out: the size of its blocks, and what the
+function computes of all blocks. Called by: `crossentropy.py`.
 """
 
 import math
@@ -8,15 +9,15 @@ import math
 import keras
 from keras import ops
 
-ELEMENTS = 2**17  # Of a block: with what is computed of it, it fits the cache.
+ELEMENTS = 2**17  # The most in a block. The block fits the cache, together with what is computed of it.
 FEWEST_ELEMENTS = 2**13  # With fewer the loop itself takes as long as its work.
 
 
 def rows_in_block(tensor, num_parts):
-    """How many rows a block of each of the `num_parts` equal parts of `tensor` has; None where blocks do not help.
+    """How many rows of each of the `num_parts` equal parts of `tensor` make a block; None where blocks do not help.
 
-    They help on a processor. Other devices need whole tensors to be busy, and under `keras.distribution` a block would
-    lie on one device.
+    They help on a processor. Other devices are busy only with whole tensors, and under `keras.distribution` a block
+    would lie on one device.
     """
     batch, *others, width = tensor.shape
     if width is None:
@@ -28,7 +29,7 @@ def rows_in_block(tensor, num_parts):
 
 
 def on_processor(tensor):
-    """Whether `tensor` is computed on a processor, all of it by this process."""
+    """Whether a processor computes `tensor`, and this process all of it."""
     if keras.distribution.distribution() is not None:
         return False
     if keras.backend.backend() == "jax":
@@ -43,7 +44,7 @@ def on_processor(tensor):
 
 
 def rows(tensor, first, size):
-    """`size` rows, on axis −2, of `(n, width)` or `(m, n, width)`; or those that there are."""
+    """`size` rows from `first` on, on axis −2 of a tensor `(n, width)` or `(m, n, width)`."""
     if keras.backend.backend() == "torch":
         return tensor[..., first : first + size, :]
     *before, _, width = tensor.shape
@@ -51,10 +52,10 @@ def rows(tensor, first, size):
 
 
 def compiled(compute):
-    """`compute()`, whose operations TensorFlow's compiler makes one of.
+    """`compute()`, in a program whose operations TensorFlow's compiler fuses.
 
     By itself TensorFlow compiles nothing on a processor, and each operation reads and writes all of its block. Each
-    shape is compiled once, which takes longer than an eager step and so is for programs only.
+    shape is compiled once. That takes longer than an eager step, so eager steps do not compile.
     """
     import tensorflow as tf
 
@@ -62,7 +63,7 @@ def compiled(compute):
 
 
 def side_by_side(compute, num_blocks, num_values, dtype):
-    """`compute(i)`, of shape `(num_values, n)` and `dtype`, of all blocks i, joined on axis 1."""
+    """The results of `compute(i)` for all blocks i, each of shape `(num_values, n)` and `dtype`, joined on axis 1."""
     import tensorflow as tf
 
     numbers = tf.range(num_blocks)

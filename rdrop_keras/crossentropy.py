@@ -4,8 +4,9 @@ With the many words of a language model, most of a step's time goes to reading a
 logits. Computed separately, cross-entropy and divergence each take a softmax of every pass and differentiate through
 it. Here they share one softmax and one gradient, which is written out in `kl.py`.
 
-Comes in: targets, and the logits of all passes. Goes out: both values for each element of the batch. Called by: the
-objective, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits.
+Comes in: targets, and the logits of all passes. Goes out: both values for each element of the batch. Called by:
+`OutputLoss`, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits and the
+divergence is `"kl"`.
 """
 
 import keras
@@ -16,7 +17,7 @@ from rdrop_keras.passes import tiling
 
 
 def reads_together(loss, divergence, output):
-    """Whether `crossentropy_and_kl` computes what `loss` and `divergence` do of an `output` of shape `(batch, …)`."""
+    """Whether `crossentropy_and_kl` computes the same as `loss` and `divergence`, for an `output` `(batch, …)`."""
     if type(loss) not in (keras.losses.CategoricalCrossentropy, keras.losses.SparseCategoricalCrossentropy):
         return False
     config, rank = loss.get_config(), len(output.shape)
@@ -32,19 +33,18 @@ def reads_together(loss, divergence, output):
 
 
 def crossentropy_and_kl(loss, y_true, logits, num_passes):
-    """The mean over passes of the values of `loss`, and the divergence `"kl"` between passes, of each element.
+    """For each element, the mean over passes of the values of `loss`, and the divergence `"kl"` between passes.
 
-    With log-probabilities l_i of m passes, P_i = exp l_i, ⟨·⟩ a sum over classes and y the probabilities that are the
-    target,
+    With log-probabilities l_i of m passes, P_i = exp l_i, ⟨·⟩ for a sum over classes, and the target probabilities y,
 
         C = −1/m · Σ_i ⟨y l_i⟩                ∂C/∂z_i = 1/m · (⟨y⟩ P_i − y)
 
-    The divergence and its gradient are those of `kl.py`. The gradient computes probabilities anew from sums over rows;
-    nothing as large as the logits is kept for it.
+    The divergence and its gradient are those of `kl.py`. The gradient computes probabilities anew from sums over rows,
+    so that nothing as large as the logits is kept for it.
 
     Args:
         loss: A `CategoricalCrossentropy` or `SparseCategoricalCrossentropy` from logits, with its own label smoothing
-            and `ignore_class`; elements of that class have 0.
+            and `ignore_class`. Elements of the ignored class have a cross-entropy of 0.
         y_true: Its targets, of shape `(batch, …)` or `(batch, …, classes)`.
         logits: The logits z_i of all passes, of shape `(passes · batch, …, classes)`, joined as by `passes.tiling`.
         num_passes: The number of passes, m.
@@ -88,7 +88,7 @@ def _at_once(target, num_passes, logits):
 
 
 def _in_blocks(target, num_passes, logits):
-    """The same on TensorFlow, in blocks of rows, each of which is compiled."""
+    """The same on TensorFlow, in blocks of rows, by a compiled program for each block."""
     size = blocks.rows_in_block(logits, num_passes)
     shape, classes = ops.shape(logits), logits.shape[-1]
     passes, target = ops.reshape(logits, (num_passes, -1, classes)), target.rows()
@@ -124,7 +124,7 @@ def _in_blocks(target, num_passes, logits):
 
 
 def _in_place(target, num_passes, logits):
-    """The same on PyTorch, where each operation writes what it computes: over what is not needed any more."""
+    """The same on PyTorch. There each operation writes its result to memory, so results overwrite what is done with."""
     import torch
 
     passes = logits.reshape(num_passes, -1, logits.shape[-1])
@@ -142,7 +142,7 @@ def _in_place(target, num_passes, logits):
         logs = torch.log_softmax(block, -1)
         crossentropy = part.crossentropy(logs, kl.Rows(0.0, 0.0, None)).mean(0)
         probabilities = logs.clamp_min_(kl.MINUS_INFINITY).exp()
-        if num_passes == 2:  # As in `_values`.
+        if num_passes == 2:  # As in `kl.read`.
             from_other = [each[0].sub_(each[1]) for each in (probabilities, logs)]
             divergence = torch.linalg.vecdot(*from_other).mul_(0.5)
         else:
@@ -163,7 +163,7 @@ def _in_place(target, num_passes, logits):
             probabilities = torch.softmax(block, -1)
             shared = probabilities.mean(0).mul_(of_divergence)
             differences = block.clamp_min(kl.MINUS_INFINITY)
-            differences = differences - differences[0]  # As in `_gradients`.
+            differences = differences - differences[0]  # As in `kl.gradient`.
             differences.sub_(differences.mean(0))
             differences.sub_(torch.linalg.vecdot(probabilities, differences).unsqueeze(-1)).mul_(of_divergence)
             differences.add_(part.times_total(of_target) + of_divergence).mul_(probabilities).sub_(shared)
@@ -174,7 +174,7 @@ def _in_place(target, num_passes, logits):
 
 
 def _read(target, passes):
-    """The two values, stacked, of `passes` of shape `(m, …, classes)`, and the `kl.Rows` for their gradient."""
+    """The two values of `passes`, `(m, …, classes)`, stacked; and the `kl.Rows` for their gradient."""
     logits = _wide(passes)
     divergence, rows = kl.read(logits)
     return ops.stack([ops.mean(target.crossentropy(logits, rows), axis=0), divergence]), rows
@@ -192,7 +192,7 @@ def _gradients(target, passes, rows, upstream):
 
 
 def _per_pass(upstream, num_passes):
-    """What `upstream` of C, their mean, is for each pass, and that of D, whose gradient has its own factor."""
+    """Splits `upstream`: the part of C, a mean over passes, for each pass; and that of D, which has its own factor."""
     of_target, of_divergence = ops.unstack(upstream, 2)
     return of_target / num_passes, of_divergence
 
@@ -206,7 +206,7 @@ def _wide_dtype(logits):
 
 
 class _Classes:
-    """Targets that are classes, of shape `(…, 1)`; `counts` says of which of them the loss is not to be ignored."""
+    """Targets that are classes, of shape `(…, 1)`. `counts` tells which of them count; None if all do."""
 
     def __init__(self, classes, counts=None):
         self._classes = classes
@@ -239,8 +239,8 @@ class _Classes:
         if keras.backend.backend() == "jax" and blocks.on_processor(passes):
             import jax.numpy as jnp
 
-            # What is put into the tensor makes XLA write it down. It would otherwise compute all of it once for each
-            # of the products that come next.
+            # Putting values into the gradient makes XLA write it to memory. Otherwise XLA would compute all of it once
+            # for each of the products that come next.
             at_target = of_probabilities(_wide(self.chosen(passes))) - amount
             gradient, at_target = (
                 ops.cast(each, passes.dtype) for each in (of_probabilities(_wide(passes)), at_target)
@@ -253,7 +253,7 @@ class _Classes:
     def chosen(self, passes):
         """What each of `passes`, `(m, …, classes)`, has at the target, `(m, …, 1)`."""
         classes = self._of_passes(passes)
-        if keras.backend.backend() == "tensorflow":  # Keras's own makes some thirty operations.
+        if keras.backend.backend() == "tensorflow":  # Keras's function makes some thirty operations of it.
             import tensorflow as tf
 
             return tf.gather(passes, classes, axis=-1, batch_dims=len(passes.shape) - 1)
@@ -272,7 +272,7 @@ class _Classes:
         return ops.stack([self._classes] * num_passes)
 
     def rows(self):
-        """The same with the batch and all other axes but that of classes as one."""
+        """The same targets, with all axes but that of the classes joined into one."""
         return _Classes(ops.reshape(self._classes, (-1, 1)))
 
     def part(self, first, size):
@@ -317,7 +317,7 @@ class _Probabilities:
 
 
 def _is_compiling():
-    """Whether `torch.compile` is reading along, which fuses operations itself and would unroll a loop."""
+    """Whether `torch.compile` is tracing. It fuses operations itself, and would unroll a loop."""
     import torch
 
     return torch.compiler.is_compiling()

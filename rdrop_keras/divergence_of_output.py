@@ -32,8 +32,8 @@ _SOFTMAX = (
     keras.losses.sparse_categorical_crossentropy,
 )
 _SIGMOID = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
-# What `divergence="auto"` chooses. Losses that say too little of what the outputs are (hinge, Poisson, cosine, Dice,
-# CTC, one's own) are left out: the user chooses.
+# What `divergence="auto"` chooses. Losses that say too little about the outputs (hinge, Poisson, cosine, Dice, CTC,
+# one's own) are left out: there the user chooses.
 _OF_LOSS = {
     **dict.fromkeys(_REGRESSION, "mse"),
     **dict.fromkeys(_SIGMOID, "bernoulli_kl"),
@@ -44,7 +44,7 @@ _OF_LOSS = {
 class OwnDivergence:
     """A divergence that is the user's function of the list of all passes' outputs.
 
-    It has the interface of `Divergence`, says nothing of logits and axes, and decides nothing.
+    It has the interface of `Divergence`. It says nothing about logits and axes, and does not tell what outputs decide.
     """
 
     name = from_logits = axis = None
@@ -65,11 +65,11 @@ class OwnDivergence:
         return values
 
     def check_axis(self, shape):
-        """Accepts every shape, as the function itself has to."""
+        """Accepts every shape: the function itself has to cope with it."""
 
 
 def check(divergence):
-    """Raises if `divergence` is nothing that an `RDropModel` takes for its divergences."""
+    """Raises if an `RDropModel` does not accept `divergence`."""
     choices = f"one of {', '.join(map(repr, ('auto', *NAMES)))}, a rdrop_keras.Divergence or a function"
     if divergence is None:
         _raise_type(choices, divergence)
@@ -104,7 +104,7 @@ def _check_signature(function):
 
 
 def resolve(divergence, loss, output):
-    """The divergence of one output, what it leaves open filled in from its compiled loss.
+    """The divergence of one output. What the user left open is filled in from the output's compiled loss.
 
     Args:
         divergence: A name, `"auto"`, a `Divergence` or a function.
@@ -112,7 +112,7 @@ def resolve(divergence, loss, output):
         output: The output's name, for messages; None if it has none.
 
     Raises:
-        ValueError: If the loss does not tell what is left open.
+        ValueError: If the loss does not tell what the user left open.
     """
     check(divergence)
     if not isinstance(divergence, (str, Divergence)):
@@ -146,7 +146,7 @@ def resolve(divergence, loss, output):
 
 
 def check_losses(divergence, loss, output_names):
-    """Raises if `divergence` fits a loss given to `compile` not, as far as losses and outputs are known by then."""
+    """Raises if `divergence` does not fit a loss given to `compile`, as far as losses and outputs are known then."""
     if tree.is_nested(divergence):
         return
     if isinstance(loss, dict):
@@ -179,7 +179,7 @@ def check_outputs(divergence, names):
 
 
 def choose(divergence, path, position, name):
-    """What `divergence` holds for the output of that path, position and name."""
+    """The entry of `divergence` for the output with that path, position and name."""
     chosen = divergence
     if isinstance(divergence, (list, tuple)):
         chosen = tree.flatten(divergence)[position]
@@ -201,12 +201,12 @@ def choose(divergence, path, position, name):
 
 
 def ignored_class(loss):
-    """The label that `loss` leaves out of its sum and denominator, or None (`SparseCategoricalCrossentropy`)."""
+    """The `ignore_class` of `loss`, a label that it leaves out of its sum and denominator; None if it has none."""
     return None if _builtin_function(loss) is None else loss.get_config().get("ignore_class")
 
 
 def _builtin_function(loss):
-    """The function of `keras.losses` in `_OF_LOSS` that `loss` is or wraps, else None."""
+    """The function in `_OF_LOSS` that `loss` is or wraps; None if there is none."""
     if isinstance(loss, keras.losses.Loss):
         # A subclass with a `call` of its own may read the outputs in another way.
         if type(loss).call is not keras.losses.MeanSquaredError.call:

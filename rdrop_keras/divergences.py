@@ -1,9 +1,9 @@
 """The divergences between passes.
 
-Pure functions of the passes' outputs. Which output has which is decided in `divergence_of_output.py`, what rows weigh
-and how they are averaged in `output_loss.py`.
+They are pure functions of the passes' outputs. `divergence_of_output.py` decides which output has which divergence.
+`output_loss.py` weights and averages the values.
 
-The divergences that are linear in m come from one identity. For passes i, j of m, with bars for means over passes,
+The divergences whose time is linear in m come from one identity. For passes i, j of m, with bars for means over passes,
 
     1/(m(m-1)) · Σ_{i≠j} ½ (u_i − u_j)(v_i − v_j)  =  1/(m−1) · Σ_i (u_i − ū)(v_i − v̄)  =  cov(u, v),
 
@@ -20,7 +20,7 @@ from keras import ops
 
 from rdrop_keras import kl
 
-# No probability below this reaches a logarithm: the smallest normal float32. Keras clips at 1e-7, where KL and its
+# The smallest normal float32. No probability below it reaches a logarithm. Keras clips at 1e-7, so that its KL and the
 # gradient stop growing at log-ratios of 16.
 _TINY = float(np.finfo("float32").tiny)
 
@@ -56,8 +56,8 @@ def _kl(passes, from_logits, axis):
 
 
 def _bernoulli_kl(passes, from_logits, axis):
-    # Σ over both outcomes of cov(p, log p) is cov(p, log-odds). p − p̄ is written p q̄ − q p̄, which keeps its digits
-    # where p has rounded to 1.
+    # The sum of cov(p, log p) over both outcomes is cov(p, log-odds). p − p̄ is written as p q̄ − q p̄, which keeps its
+    # digits where p has rounded to 1.
     if from_logits:
         ps, qs = [ops.sigmoid(z) for z in passes], [ops.sigmoid(-z) for z in passes]
         log_odds = [ops.clip(z, kl.MINUS_INFINITY, -kl.MINUS_INFINITY) for z in passes]
@@ -76,7 +76,7 @@ def _mse(passes, from_logits, axis):
 
 def _js(passes, from_logits, axis):
     # With M = (P+Q)/2, s = |log P − log Q| and g = log 2 − log(1 + e^−s):
-    # P log P/M + Q log Q/M = (P+Q) g − s min(P, Q). Every pair has an M of its own: this one is quadratic in m.
+    # P log P/M + Q log Q/M = (P+Q) g − s min(P, Q). Every pair has an M of its own, so the time is quadratic in m.
     ps, log_ps = _probabilities_and_logs(passes, from_logits, axis)
     total = 0.0
     for i in range(len(passes)):
@@ -108,9 +108,9 @@ class Divergence:
     Args:
         name: `"kl"`, `"bernoulli_kl"`, `"mse"` or `"js"`.
         from_logits: Whether the outputs are logits (`True`) or probabilities (`False`). `None`, the default, takes it
-            from the compiled loss. `"mse"` has no use for it.
+            from the compiled loss. `"mse"` does not use it.
         axis: The class axis, or the axis averaged over, counted as in the model's output. `None`, the default, takes
-            it from the compiled loss, and is −1 where that has none.
+            it from the compiled loss, or −1 if the loss has none.
 
     Raises:
         ValueError: For an unknown `name`, a `from_logits` that is no bool, or an `axis` of 0.
@@ -120,9 +120,9 @@ class Divergence:
     `from_logits` is needed and not given, if the outputs have no such `axis`, or if there are fewer than two passes or
     two classes.
 
-    Logits may be as large as float32 holds and −inf. A class whose logit is −inf in all passes counts 0. One that is
-    −inf in some passes only has an infinite `"kl"` in theory: its logit is taken for −1e30, which gives a value of that
-    size, no NaN, and differences between logits beyond ±1e30 are not told apart.
+    Logits may be as large as float32 holds, and may be −inf. A class whose logit is −inf in all passes counts 0. One
+    whose logit is −inf in some passes only has an infinite `"kl"` in theory. Its logit is then taken for −1e30, which
+    gives a value of that size and no NaN. Logits beyond ±1e30 are not told apart.
 
     Example:
 
@@ -179,7 +179,7 @@ class Divergence:
         return _FUNCTIONS[self.name](passes, self.from_logits, axis)
 
     def check_axis(self, shape: Sequence[int | None]) -> None:
-        """Raises if outputs of `shape`, `(batch, …)`, have no axis `axis` behind the batch."""
+        """Raises if outputs of `shape`, `(batch, …)`, have no axis `axis` after the batch."""
         rank = max(len(shape), 2)  # One output a row has an axis of its own, as for Keras's losses.
         if self.axis is not None and not 0 < self.axis % rank == self.axis + rank * (self.axis < 0):
             raise ValueError(
@@ -189,22 +189,22 @@ class Divergence:
 
     @property
     def decides(self) -> bool:
-        """Whether outputs are decisions: not those of a regression."""
+        """Whether outputs are decisions. Those of a regression are not."""
         return self.name != "mse"
 
     def decisions(self, output: Any) -> Any:
-        """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` whether it is likely."""
+        """What each element of `output` decides: the likeliest class, or for `"bernoulli_kl"` yes or no."""
         if self.name == "bernoulli_kl":
             return ops.greater(output, 0.0 if self.from_logits else 0.5)
         return ops.argmax(output, axis=-1 if self.axis is None else self.axis)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments it was made with."""
+        """Returns the constructor's arguments."""
         return {"name": self.name, "from_logits": self.from_logits, "axis": self.axis}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Makes one of what `get_config` returned."""
+        """Makes a `Divergence` from what `get_config` returned."""
         return cls(**config)
 
     def __eq__(self, other: object) -> bool:

@@ -12,9 +12,9 @@ from rdrop_keras.wrapper import step
 
 
 class FirstPassMetrics(keras_private.CompileMetrics):
-    """What `Model.compile` makes of `metrics`; in a training step they see the first pass.
+    """What `Model.compile` makes of `metrics`. In a training step they see the first pass only.
 
-    Outputs that have as many rows as the targets are taken as they are.
+    Outputs with as many rows as the targets are taken as they are.
     """
 
     def update_state(self, y_true, y_pred, sample_weight=None):

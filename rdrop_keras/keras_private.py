@@ -1,8 +1,7 @@
 """Every Keras name the package uses that Keras does not make public.
 
-Each was read in Keras 3.14.0 and 3.15.1; `tests/test_keras_private.py` lists them and fails if one is gone. Nothing
-else in the package imports `keras.src` or reads an underscored attribute of Keras, except the overrides in `wrapper`
-and the loss in `objective.py`, which say so.
+Each was read in Keras 3.14.0 and 3.15.1. `tests/test_keras_private.py` lists them and fails if one is gone. Only two
+other places use private names of Keras: `wrapper`, mostly to override them, and the compiled loss in `passes_loss.py`.
 
 Comes in: Keras's models, layers and tensors. Goes out: what Keras knows of them and does not show. Called by: the
 whole package.
@@ -109,7 +108,7 @@ def set_trainable(layer, trainable):
 
 
 def lora_layers(layer):
-    """The layers to which a KerasHub backbone (read in 0.32) has given LoRA; none for any other layer."""
+    """The layers to which a KerasHub backbone (read in 0.32) has added LoRA; none for any other layer."""
     numbers = getattr(layer, "_lora_enabled_layers", None) or []
     return [_with_weights(layer)[number] for number in numbers]
 
@@ -146,7 +145,7 @@ def functional(model):
     # KerasHub's `__call__` (read in 0.32) refuses strings and then calls Keras's.
     in_task = outer.__module__ == "keras_hub.src.utils.pipeline_model"
     unchanged = "call" not in vars(model) and (outer is keras.Layer.__call__ or in_task)
-    unchanged = unchanged and model.activity_regularizer is None  # Which `__call__` applies.
+    unchanged = unchanged and model.activity_regularizer is None  # `__call__` would apply it.
     if unchanged and isinstance(model, keras.Sequential) and type(model).call is keras.Sequential.call:
         return model._functional
     if unchanged and isinstance(model, Functional) and type(model).call is Functional.call:
@@ -171,7 +170,7 @@ def is_plain_graph(layer):
 
 
 def input_layers(model):
-    """The `InputLayer`s of a graph, in the structure of its inputs; of a Sequential model a list, empty if unknown."""
+    """The `InputLayer`s of a graph, in the structure of its inputs. A Sequential model has a list, empty if unknown."""
     if isinstance(model, keras.Sequential):
         return [tensor._keras_history.operation for tensor in model.inputs] if model._functional else []
     return keras.tree.map_structure(lambda tensor: tensor._keras_history.operation, model._inputs_struct)
@@ -183,7 +182,7 @@ def run_graph(functional, inputs, operation_fn):
 
 
 def copied_operation(operation):
-    """`operation`, which is no layer and so has no state, outside of any graph."""
+    """A copy, outside of any graph, of `operation`, which is no layer and so has no state."""
     copy = object.__new__(type(operation))
     vars(copy).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return copy
@@ -248,7 +247,7 @@ def autocast_scope(model):
 
 
 def name_scope(layer):
-    """The scope that `layer` opens around its call. keras.distribution looks up layouts of outputs by it."""
+    """The scope that `layer` opens around its call. `keras.distribution` finds the layouts of outputs by it."""
     return layer._open_name_scope()
 
 
@@ -258,7 +257,7 @@ def takes_training(layer):
 
 
 def call(model, inputs, training):
-    """`model(inputs)` with `training`, which layers find in the call context if the model's `call` does not take it."""
+    """`model(inputs)` with `training`. If the model's `call` does not take it, layers find it in the call context."""
     if takes_training(model):
         return model(inputs, training=training)
     with call_context(model, training):
@@ -277,17 +276,14 @@ def call_as_trained(model, inputs, training):
 
 
 def declares_shape(operation):
-    """Whether `operation` says itself what it returns for KerasTensors; else Keras runs its `call` symbolically."""
+    """Whether `operation` itself declares what it returns for KerasTensors. Otherwise Keras runs it symbolically."""
     names = ("compute_output_shape", "compute_output_spec")
     return any(getattr(type(operation), name, None) is not getattr(keras.Layer, name) for name in names)
 
 
 def output_spec(function, variables, *specs):
-    """The KerasTensors that `function`, which uses `variables`, returns for `specs`.
-
-    It works in the middle of a step too.
-    """
-    # In the middle of a step on JAX, the values of variables are held by the program.
+    """The KerasTensors that `function`, which uses `variables`, returns for `specs`; also in the middle of a step."""
+    # In the middle of a step on JAX, the program holds the values of variables.
     values = [(variable, variable.value) for variable in variables] if in_stateless_scope() else []
 
     def run(*inputs):
@@ -334,12 +330,12 @@ def set_compiled_metrics(model, metrics):
 
 
 def strategy_of(model):
-    """The `tf.distribute` strategy `model` was made under, or None. The public property falls back to another."""
+    """The `tf.distribute` strategy under which `model` was made, or None. The public property never gives None."""
     return getattr(model, "_distribute_strategy", None)
 
 
 def strategy_scope(model):
-    """The scope of the `tf.distribute` strategy `model` was made under, or a context that does nothing."""
+    """The scope of the `tf.distribute` strategy under which `model` was made, or a context that does nothing."""
     strategy = strategy_of(model)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
@@ -357,14 +353,14 @@ def loss_weights(model):
 def keras_logits(probabilities):
     """The logits from which `softmax` or `sigmoid` computed `probabilities`, or None.
 
-    Keras keeps them on the tensor, so that cross-entropy need not take the logarithm of a rounded probability. Its
+    Keras keeps them on the tensor, so that cross-entropy need not take the logarithm of a rounded probability. Keras's
     losses read them on TensorFlow. JAX's tracers cannot carry them.
     """
     return getattr(probabilities, "_keras_logits", None)
 
 
 def copy_annotations(sources, target, function):
-    """Attaches to `target` what Keras attached to all of `sources`, mask and logits, joined by `function`."""
+    """Attaches to `target` the masks and logits that Keras attached to all of `sources`, joined by `function`."""
     masks = [get_keras_mask(source) for source in sources]
     if all(mask is not None for mask in masks):
         set_keras_mask(target, function(masks))

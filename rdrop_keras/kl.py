@@ -1,18 +1,19 @@
 """The KL divergence between passes, from their logits, and its gradient.
 
 Comes in: the logits of m passes in one tensor of shape `(m, …)`. Goes out: the divergence, what is kept of each row of
-logits, and the gradient that follows from it. Called by: the divergences, and `crossentropy.py`, which computes the
+logits, and the gradient that follows from both. Called by: the divergences, and `crossentropy.py`, which computes the
 cross-entropy of the same logits.
 
-With λ_i the log-partition of the logits z_i, P_i = exp(z_i − λ_i), bars for means over passes and ⟨·⟩ for a sum over
-the classes,
+Let λ_i be the log-partition of the logits z_i, and P_i = exp(z_i − λ_i). With bars for means over passes and ⟨·⟩ for a
+sum over the classes,
 
     D = 1/(m−1) · Σ_i ⟨(P_i − P̄) e_i⟩                         e_i = z_i − z̄ − (λ_i − λ̄)
     ∂D/∂z_i = 1/(m−1) · (P_i (e_i − ⟨P_i e_i⟩) + P_i − P̄)
 
-D is the mean over pairs of passes of ½(KL + KL), which is Eq. 2 of the paper, in time linear in m. Only sums over rows
-are kept for the gradient. Given them, it is one elementwise expression of the logits, which a compiler reads once and
-writes once. Differences are taken before anything else, so that passes that hardly differ keep their digits.
+D is the mean over pairs of passes of ½(KL + KL), which is Eq. 2 of the paper, computed in time linear in m. Only sums
+over rows are kept for the gradient. Given them, the gradient is one elementwise expression of the logits. A compiled
+program reads the logits once for it and writes it once. Differences are taken before anything else, so that passes that
+hardly differ keep their digits.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ class Rows(NamedTuple):
 
     Attributes:
         largest: The largest logit.
-        log_sum: log ⟨exp(z_i − largest)⟩. λ_i is the sum of both, in which large logits would lose digits of P_i.
+        log_sum: log ⟨exp(z_i − largest)⟩. λ_i is `largest + log_sum`. Both are kept, since with large logits the sum
+            would lose digits of P_i.
         mean_difference: ⟨P_i e_i⟩.
     """
 
@@ -83,7 +85,7 @@ def of_logits(logits, axis=-1):
 
 
 def _sums(tensors, axis):
-    """The sum over `axis` of each of `tensors`, of which XLA writes down none where one loop makes all sums."""
+    """The sum over `axis` of each of `tensors`. On JAX one loop makes all sums, so that XLA writes no tensor down."""
     if keras.backend.backend() != "jax":
         return [ops.sum(tensor, axis=axis) for tensor in tensors]
     from jax import lax
@@ -94,15 +96,15 @@ def _sums(tensors, axis):
 
 
 def _from_mean(passes):
-    """Each pass less the mean of all. Of two, each is half of what it differs by from the other."""
+    """Each pass less the mean of all. For two passes that is half of each one's difference from the other."""
     if passes.shape[0] == 2:
         return 0.5 * (passes - ops.flip(passes, axis=0))
-    passes = passes - passes[:1]  # The mean then has the rounding of differences.
+    passes = passes - passes[:1]  # The mean is then rounded as a difference is, not as the large passes are.
     return passes - ops.mean(passes, axis=0, keepdims=True)
 
 
 def _each_from_mean(passes):
-    """The same, of a list."""
+    """The same for a list."""
     if len(passes) == 2:
         half = 0.5 * (passes[0] - passes[1])
         return [half, -half]

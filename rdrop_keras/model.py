@@ -1,8 +1,8 @@
 """RDropModel: a Keras model that trains with R-Drop.
 
-Comes in: what the user gives, and the batches of `fit`. Goes out: when a step is one of R-Drop, what it minimizes and
-logs. The passes are made in `passes`, the objective in `objective.py`; what any wrapper of a Keras model needs is in
-`wrapper`.
+Comes in: what the user gives, and the batches of `fit`. Goes out: a trained model and its logs. This module decides
+which steps are steps of R-Drop, and what they log. The passes are made in `passes`, and the objective in
+`objective.py`. What any wrapper of a Keras model needs is in `wrapper`. Called by: users and Keras.
 """
 
 import math
@@ -27,22 +27,22 @@ from rdrop_keras.wrapper.wrapper_model import WrapperModel
 class RDropModel(WrapperModel):
     """Trains a model with R-Drop: regularized dropout (Liang et al., NeurIPS 2021, arXiv 2106.14448).
 
-    Each batch passes through the model m times with different dropout, layers before the first dropout once, and a
+    Each batch passes through the model m times with different dropout. Layers before the first dropout run once. A
     consistency term pulls the outputs of the passes together:
 
         L = 1/m · [ Σ_i loss(y, P_i)  +  α / (m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j) ]
 
-    For m = 2 this is half of the paper's Eq. 4: the same α, the same optimum, and the scale of the compiled loss.
-    `loss` is the compiled loss with its reduction, weights and masks; `D` (`rdrop_keras.Divergence`) is weighted,
-    masked and reduced in the same way, so that α means the same for any batch size, sequence length, padding, number
-    of classes, reduction or number of replicas. With several outputs each adds its divergence times its entry in
-    `loss_weights`. What layers give to `add_loss`, and weight regularizers, are added once; a layer's own `add_loss`
-    should be a mean over the batch, since it sees the rows of all passes.
+    For m = 2 this is half of the paper's Eq. 4. It has the same α, the same optimum, and the scale of the compiled
+    loss. `loss` is the compiled loss with its reduction, weights and masks. `D` (`rdrop_keras.Divergence`) is weighted,
+    masked and reduced in the same way. So α means the same for any batch size, sequence length, padding, number of
+    classes, reduction or number of replicas. With several outputs, each adds its divergence times its entry in
+    `loss_weights`. Weight regularizers, and what layers give to `add_loss`, are added once. A layer of your own should
+    give `add_loss` a mean over the batch, since it sees the rows of all passes.
 
-    In all but training it is the wrapped model. `evaluate`, `predict`, `export` and calls make one pass, with dropout
-    off, and `val_loss` is the compiled loss alone. `layers`, `inputs`, `get_layer`, `generate` and whatever else the
-    wrapper does not have itself are the model's, and what is assigned to them reaches it. What the model is when it is
-    compiled is what trains. A step of `fit` logs
+    In everything but training, an `RDropModel` is the wrapped model. `evaluate`, `predict`, `export` and calls make one
+    pass, with dropout off, and `val_loss` is the compiled loss alone. `layers`, `inputs`, `get_layer`, `generate` and
+    whatever else the wrapper does not have itself are the model's. What is assigned to them reaches the model. After a
+    change to the model, compile again. A step of `fit` logs
 
     - `loss`: L, with what layers add;
     - `task_loss`: the mean over passes of the compiled loss;
@@ -50,62 +50,65 @@ class RDropModel(WrapperModel):
     - `alpha`, if it moves;
     - the compiled metrics, of the first pass.
 
-    `alpha` can be assigned as `optimizer.learning_rate` can: `model.alpha = 2.0` holds from the next step, without a
-    new program (on JAX from the next epoch, if it is not assigned through a callback's `self.model`), and is saved with
-    the model. All other arguments are fixed. `compile` starts the optimizer anew and leaves α alone: a schedule's step,
-    which counts the steps that this `RDropModel` has made, and what a `KLBudget` has found go on.
+    `alpha` can be assigned as `optimizer.learning_rate` can. `model.alpha = 2.0` holds from the next step, without a
+    new program, and is saved with the model. (On JAX it holds from the next epoch, unless it is assigned through a
+    callback's `self.model`.) All other arguments are fixed. `compile` starts the optimizer anew and leaves α alone. A
+    schedule goes on counting the steps that this `RDropModel` has made, and a `KLBudget` keeps the α that it has found.
 
     A subclass may override `train_step`. In it `self(x, training=True)` returns the rows of all passes, and
-    `self.compute_loss(x, y, outputs, sample_weight)` is L. `training_step` does the same for loops of one's own.
+    `self.compute_loss(x, y, outputs, sample_weight)` returns L. `training_step` does the same for loops of one's own.
 
-    Rows of a batch are taken to be independent, but for batch normalization. Where shapes tell that they are not, such
-    as for similarities of each row with each, or where a layer is known to draw one number for the whole batch, the
-    passes run one after another: exact, and not as fast. `rdrop_keras.sharing` says so. A layer of your own that mixes
-    rows without a trace in its shapes, or draws once for all of them, is not seen: declare `rdrop_mixes_rows = True` on
-    the layer, its class or the model. `fit` warns if a whole epoch's consistency loss was 0. Augmentation layers inside
-    the model are random layers like others: each pass gets a view of its own, unless `share` names the last of them.
+    Rows of a batch are taken to be independent, except in batch normalization. The passes run one after another where
+    shapes show that rows are not independent, such as for similarities of each row with each, and where a layer is
+    known to draw one number for the whole batch. That is exact, but not as fast. `rdrop_keras.sharing` tells whether it
+    is so. A layer of your own may mix rows without a trace in its shapes, or draw once for all of them. Then declare
+    `rdrop_mixes_rows = True` on the layer, its class or the model. `fit` warns if a whole epoch's consistency loss was
+    0. Augmentation layers inside the model are random layers like others. Each pass gets a view of its own, unless
+    `share` names the last of them.
 
     Args:
-        model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task, whose raw inputs
-            `fit`, `evaluate` and `predict` then take as the task does. It is shared, not copied, and is found again
-            under `.model`.
-        alpha: α. A number ≥ 0: the paper uses 5 for translation, 1 for language modelling, 0.7 for summarization, 0.1
-            to 1 for GLUE and 0.6 for ViT; 0 is plain training, exactly. Or a `LearningRateSchedule`, or any function
-            of `keras.ops` from the training step, an integer tensor that counts plain steps too, to a scalar ≥ 0; where
-            it is not, it is taken for 0, and `fit` warns. Or a `KLBudget`. What moves is logged as `alpha`, the mean
-            over R-Drop's steps. Defaults to 1.
+        model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task. `fit`, `evaluate` and
+            `predict` take the raw inputs of a task as the task does. The model is shared, not copied, and is found
+            again under `.model`.
+        alpha: α. It may be a number ≥ 0. The paper uses 5 for translation, 1 for language modelling, 0.7 for
+            summarization, 0.1 to 1 for GLUE and 0.6 for ViT. 0 is plain training, exactly. It may be a
+            `LearningRateSchedule`, or any function of `keras.ops` from the training step to a scalar ≥ 0. The step is
+            an integer tensor and counts plain steps too. Where the function returns no finite number ≥ 0, α is taken
+            for 0, and `fit` warns. It may be a `KLBudget`. An α that moves is logged as `alpha`, its mean over R-Drop's
+            steps. Defaults to 1.
         divergence: D. `"auto"`, the default, reads it off the compiled loss of each output: `"kl"` for categorical
-            cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. Or one of these names, `"js"`,
-            or a `rdrop_keras.Divergence`, or a function of your own: of the list of the m outputs, in float32, to one
-            value for each element of the batch, of shape `(batch, …)`, by rights the mean over all pairs of passes. A
-            registered function is saved. Or a dict or list with one of them for each output.
+            cross-entropies, `"bernoulli_kl"` for binary ones, `"mse"` for regression. It may be one of these names,
+            `"js"`, or a `rdrop_keras.Divergence`. It may be a function of your own, which gets the list of the m
+            outputs in float32 and returns one value for each element of the batch, of shape `(batch, …)`. The value
+            should be the mean over all pairs of passes. A registered function is saved. It may be a dict or list with
+            one of these for each output.
         num_passes: m ≥ 2 (section 4.3 of the paper). Defaults to 2.
-        every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are R-Drop's and the others plain, of one pass;
-            `consistency_loss` is averaged over the first, NaN in an epoch without them, and `task_loss` over all. Not
-            with `steps_per_execution` above 1. Defaults to 1.
-        start: s ≥ 0. The steps before step s are plain training at the price of plain training, and R-Drop starts at
-            step s, from which `every` counts: where it pays late, and its steps cost more. A schedule for `alpha`
-            counts from step 0 all the same. Steps are counted over all calls of `fit`, and go on in a file that is
-            loaded. Not with `steps_per_execution` above 1. Defaults to 0.
-        dropout_rates: One rate for each pass, from 0 to less than 1 (section 4.4): pass i runs all dropout layers whose
-            own rate is above 0 at rate i, attention and recurrent dropout included; at rate 0 it is the full model.
-            The passes then run one after another, so that batch normalization sees them one by one. `None`, the
+        every: k ≥ 1 (section 4.2). Steps 0, k, 2k, … of training are steps of R-Drop. The others are plain and have one
+            pass. `consistency_loss` is averaged over steps of R-Drop, and is NaN in an epoch without them; `task_loss`
+            is averaged over all steps. Not with `steps_per_execution` above 1. Defaults to 1.
+        start: s ≥ 0. The steps before step s are plain training at the price of plain training. R-Drop starts at step
+            s, from which `every` counts. This helps where R-Drop pays late and its steps cost more. A schedule for
+            `alpha` counts from step 0 all the same. Steps are counted over all calls of `fit`, and a loaded file goes
+            on with the count. Not with `steps_per_execution` above 1. Defaults to 0.
+        dropout_rates: One rate for each pass, from 0 to less than 1 (section 4.4). Pass i runs at rate i all dropout
+            layers whose own rate is above 0, attention and recurrent dropout included. A pass at rate 0 is the full
+            model. The passes then run one after another, so that batch normalization sees them one by one. `None`, the
             default, leaves the layers their own rates.
-        share: What the passes compute once. `"deterministic"`, the default: all layers of a Functional or Sequential
-            model, nested ones too, before the first that is random; the passes are the same as without it, and
-            `rdrop_keras.sharing` tells what is shared and why. `"nothing"`: the inputs are repeated, as in the paper.
-            The name of a layer, `"backbone/pooled_dense"` if nested (or the end of it): all that this layer needs is
-            computed once with it, dropout included, and only what follows differs between passes: R-Drop on the head
-            of a large encoder, nearly free.
+        share: What the passes compute once. With `"deterministic"`, the default, it is all layers of a Functional or
+            Sequential model, nested ones too, before the first that is random. The passes are the same as without
+            sharing, and `rdrop_keras.sharing` tells what is shared and why. With `"nothing"` the inputs are repeated,
+            as in the paper. With the name of a layer, `"backbone/pooled_dense"` if nested (or the end of that name),
+            this layer and all that it needs are computed once, dropout included. Then only what follows differs
+            between passes. That makes R-Drop on the head of a large encoder nearly free.
         name: Name of the wrapper.
 
     Raises:
         TypeError: If an argument, or an assigned `alpha`, has the wrong type.
         AttributeError: If an argument other than `alpha` is assigned.
         ValueError: If an argument has an impossible value, or `alpha` is changed from or to 0; if no layer of `model`
-            is random in training, or none after the layer `share` names; if a recurrent layer with `stateful=True`
-            comes after the first dropout; if `model` was made under another `tf.distribute` strategy; if it overrides
-            a step of training that the wrapper replaces.
+            is random in training, or none after the layer that `share` names; if a recurrent layer with
+            `stateful=True` comes after the first dropout; if `model` was made under another `tf.distribute` strategy;
+            if it overrides a step of training that the wrapper replaces.
 
     Example:
 
@@ -189,12 +192,11 @@ class RDropModel(WrapperModel):
         return self._passes(inputs, made.num_passes, training)
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Configures training; see `keras.Model.compile`, whose arguments it takes.
+        """Configures training. It takes the arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: If there is no `loss`, of which R-Drop needs one unless `alpha=0`; if the divergence of an
-                output cannot be told from it; if `steps_per_execution` is above 1 and `every` above 1 or `start`
-                above 0.
+            ValueError: If there is no `loss`, unless `alpha=0`; if the divergence of an output cannot be told from the
+                loss; if `steps_per_execution` is above 1 and `every` is above 1 or `start` above 0.
         """
         if "auto" in [argument for argument in (optimizer, loss) if isinstance(argument, str)]:
             raise ValueError(
@@ -249,7 +251,7 @@ class RDropModel(WrapperModel):
         return loss
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Updates the compiled metrics, with the first pass, and returns them. See `keras.Model.compute_metrics`."""
+        """Updates the compiled metrics with the first pass, and returns them. See `keras.Model.compute_metrics`."""
         self._check_targets(y)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
@@ -257,7 +259,7 @@ class RDropModel(WrapperModel):
         """Returns the logs; see `keras.Model.get_metrics_result`.
 
         Raises:
-            ValueError: If an output or a metric is logged by a name by which R-Drop logs.
+            ValueError: If an output or a metric is logged by one of R-Drop's names.
         """
         if not self._logs_are_checked:
             check_logs(self.metrics, self.training_metrics)
@@ -300,7 +302,7 @@ class RDropModel(WrapperModel):
         return [self._logs] if self._alpha_log is None else [self._logs, self._alpha_log]
 
     def jax_state_sync(self) -> None:
-        """Gives variables the values that Keras's program for JAX has, and α the one that was assigned meanwhile."""
+        """Gives variables the values in Keras's program for JAX, and α the value that was assigned meanwhile."""
         super().jax_state_sync()
         self._alpha.write()
 
@@ -319,13 +321,13 @@ class RDropModel(WrapperModel):
             warnings.warn(f"{warning} Received: {self.name!r}.", stacklevel=3)
 
     def _current_term(self, consistency):
-        """What a consistency loss of that value adds to the loss, by the α of now: `α/m · consistency`, a float."""
+        """What this consistency loss adds to the loss with the current α: `α/m · consistency`, a float."""
         return float(ops.convert_to_numpy(self._alpha.current())) / self.num_passes * consistency
 
     def summary(
         self, line_length: int | None = None, positions: Any = None, print_fn: Any = None, **kwargs: Any
     ) -> None:
-        """Prints `keras.Model.summary`, whose arguments it takes, and a line on what the passes share."""
+        """Prints `keras.Model.summary` and a line on what the passes share. It takes the same arguments."""
         super().summary(line_length, positions, print_fn, **kwargs)
         if self._passes is not None and self._passes.graph is not None:
             (print_fn or print)(f" R-Drop: {self._passes.graph.summary()}")
@@ -361,14 +363,14 @@ class RDropModel(WrapperModel):
         return super().from_config({**config, **nested}, custom_objects)
 
 
-# `fit` warns if R-Drop was a smaller share of the loss than this, once so many steps show it.
+# `fit` warns if R-Drop was a smaller share of the loss than this, after at least so many steps.
 _SMALL_SHARE = 0.02
 _MANY_STEPS = 100
 
 
 def _equal_passes(epochs, model):
-    """What to tell if the passes of a whole epoch were equal; `epochs` are pairs of task loss and consistency loss."""
-    # Programs that compute equal passes in different ways leave a little of rounding.
+    """The warning if the passes of a whole epoch were equal. `epochs` are pairs of task loss and consistency loss."""
+    # A program may compute equal passes in different ways. Rounding then leaves a small difference.
     if all(abs(consistency) >= 1e-12 for _, consistency in epochs):
         return None
     return (
@@ -378,7 +380,7 @@ def _equal_passes(epochs, model):
 
 
 def _too_small(epochs, alpha, num_passes):
-    """What to tell if R-Drop was a small share of the loss in all epochs. An α that moves is chosen to do so."""
+    """The warning if R-Drop was a small share of the loss in all epochs. None for an α that moves: it may be meant."""
     if alphas.is_moving(alpha) or not epochs or any(task <= 0 for task, _ in epochs):
         return None
     terms = [(task, alpha / num_passes * consistency) for task, consistency in epochs]

@@ -42,7 +42,7 @@ class Inconsistency:
         full_model_loss: The compiled loss with dropout off, a float.
         submodel_loss: The mean compiled loss of a sub-model, an `Estimate` like all that follow.
         gap: |sub-model loss − full-model loss|, which Proposition 2.1 of the paper bounds by the divergence.
-        divergence: The mean divergence between two sub-models, which R-Drop's consistency loss is in training.
+        divergence: The mean divergence between two sub-models. In training it is R-Drop's consistency loss.
         agreement: The fraction of decisions that two sub-models have in common. A decision is the most likely class, or
             yes or no for a sigmoid output. NaN for a regression, and for a divergence that is a function of your own.
         agreement_with_full: The fraction that a sub-model and the full model have in common.
@@ -93,7 +93,8 @@ def inconsistency(
         x: As for `Model.evaluate`: arrays, a `tf.data.Dataset`, a generator; for a KerasHub task its raw inputs.
         y: Targets, as for `Model.evaluate`.
         sample_weight: Weights of rows, as for `Model.evaluate`.
-        num_passes: The number of sub-models, at least 2. All run in one forward pass, so memory grows with it.
+        num_passes: The number of sub-models, at least 2. Where they can, all run in one forward pass, and memory grows
+            with their number.
         batch_size: Rows of a batch, as for `Model.evaluate`.
 
     Returns:
@@ -119,12 +120,13 @@ def inconsistency(
 class InconsistencyMonitor(keras.callbacks.Callback):
     """Adds `inconsistency` on given data to the logs of epochs: `gap`, `submodel_loss`, `divergence` and `agreement`.
 
-    Other callbacks and `History` find them there, if they come after it.
+    For an `RDropModel` whose α is not 0 it also adds `consistency_fraction`, the consistency term's part of the
+    objective. `History`, and callbacks that come after this one, find all of them in the logs.
 
     Args:
         x, y, sample_weight, num_passes, batch_size: As for `inconsistency`. The data must be readable more than once.
-        every: Measures at the end of every `every`-th epoch. The epochs between repeat the last values, and those
-            before the first have NaN. Defaults to 1.
+        every: Measures at the end of every `every`-th epoch. The epochs in between repeat the last values. Epochs
+            before the first measurement have NaN. Defaults to 1.
 
     Raises:
         TypeError: If `num_passes` or `every` is no integer.
@@ -291,7 +293,7 @@ def _over_passes(values):
 
 
 def _over_pairs(values, num_passes):
-    """The mean over pairs of passes. Pairs that share a pass are not independent, so its error is the jackknife's."""
+    """The mean over pairs of passes. Pairs that share a pass are not independent, so its error is a jackknife's."""
     matrix = np.zeros((num_passes, num_passes))
     matrix[np.triu_indices(num_passes, 1)] = values
     per_pass = (matrix + matrix.T).sum(axis=1)

@@ -4,8 +4,10 @@ For m passes with outputs P_1..P_m of one batch (half the paper's Eq. 4 for m = 
 
     L = 1/m · [ Σ_i loss(y, P_i)  +  α / (m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j) ]
 
-Comes in: targets, and the outputs of all passes; what D is, is in `divergences.py`. Goes out: L, to Keras, which takes
-its gradient. Called by: Keras, for a model that `RDropModel.make_loss` has given this loss.
+`divergences.py` defines D.
+
+Comes in: targets, and the outputs of all passes. Goes out: L, to Keras, which takes its gradient. Called by: Keras, for
+a model that `RDropModel.make_loss` has given this loss.
 """
 
 import keras
@@ -17,19 +19,19 @@ from rdrop_keras.wrapper import step
 
 
 class RDropLoss(PassesLoss):
-    """What `Model.compile` makes of `loss`, with the consistency term added in paired steps.
+    """What `Model.compile` makes of `loss`, with the consistency term added in steps of R-Drop.
 
-    In any other step it is Keras's compiled loss and nothing else. To its value Keras adds what layers gave to
-    `add_loss`, scales the sum for mixed precision and takes the gradient. The consistency term joins here rather than
-    through `add_loss` because here it is known which target, weight and mask an output has, and because it then
-    carries its loss's own scale under `tf.distribute`, where Keras gives all `add_loss` terms that of a mean.
+    In any other step its value is that of Keras's compiled loss. Keras adds what layers gave to `add_loss`, scales the
+    sum for mixed precision and takes the gradient. The consistency term does not go through `add_loss`, for two
+    reasons. Here it is known which target, weight and mask belong to an output. And here the term gets the scale of its
+    own loss under `tf.distribute`, where Keras scales all `add_loss` terms as means.
 
     Args:
-        loss, loss_weights, output_names, divergence: As for `PassesLoss`, which raises what this raises.
-        alpha: What gives α, of `alpha.py`.
-        logs: `RowMeans` to update in training: `task_loss` in every step with the mean over passes of the compiled
-            loss, and in paired steps `consistency_loss` with the consistency term without α.
-        alpha_log: `RowMeans` to update in paired steps with `alpha`; None if it is not logged.
+        loss, loss_weights, output_names, divergence: As for `PassesLoss`, with the same errors.
+        alpha: The object from `alpha.make`, which gives α.
+        logs: `RowMeans` to update in training. In every step `task_loss` gets the mean over passes of the compiled
+            loss. In steps of R-Drop `consistency_loss` gets the consistency term without α.
+        alpha_log: `RowMeans` to update with `alpha` in steps of R-Drop; None if it is not logged.
     """
 
     def __init__(self, loss, loss_weights, output_names, divergence, *, alpha, logs, alpha_log=None):
@@ -44,7 +46,7 @@ class RDropLoss(PassesLoss):
             return super().call(y_true, y_pred, sample_weight)
         num_passes = current.num_passes
         terms = self.terms(y_true, y_pred, sample_weight, num_passes)
-        if not current.loss_made:  # Of a step that computes its loss again, the first is logged and moves α.
+        if not current.loss_made:  # If a step computes its loss again, only the first is logged and moves α.
             self._record(terms, self.num_rows(y_pred, num_passes), current)
         if num_passes == 1:
             return terms.task
@@ -52,7 +54,7 @@ class RDropLoss(PassesLoss):
         return terms.task + ops.cast(term, terms.task.dtype)
 
     def _record(self, terms, rows, current):
-        """Logs the `terms` of so many rows, moves α, and keeps the α of the step for it."""
+        """Logs the `terms` of so many rows, moves α, and keeps the α of the step for further losses in it."""
         logs = {"task_loss": logged(terms.task)}
         if current.num_passes == 1:
             self.logs.record(logs, rows)
@@ -65,9 +67,9 @@ class RDropLoss(PassesLoss):
 
 
 class RowMeans(keras.metrics.Metric):
-    """Means of scalars by name, weighted by rows; NaN, and not 0, as long as there was none of a name.
+    """Means of scalars by name, weighted by rows. A name without values has NaN, not 0.
 
-    It is one metric with one variable. In a small model, bookkeeping is much of a step's cost.
+    All are one metric with one variable. In a small model, bookkeeping is much of a step's cost.
     """
 
     def __init__(self, names, name):
@@ -76,11 +78,11 @@ class RowMeans(keras.metrics.Metric):
         self._sums = self.add_variable(shape=(2 * len(names),), initializer="zeros", name="sums")
 
     def update_state(self, *args, **kwargs):
-        """Does nothing: the loss records what it has, and loops over all metrics of a model have targets only."""
+        """Does nothing. The loss calls `record`; loops over all metrics of a model have only targets and outputs."""
 
     def record(self, values, rows):
         """Counts the `values`, `{name: scalar}`, of so many rows."""
-        # On JAX a step of one's own may differentiate around this, and keep no value that depends on the weights.
+        # On JAX a step of one's own may differentiate around this. No value that is kept may depend on the weights.
         values = {name: ops.stop_gradient(value) for name, value in values.items()}
         sums = [ops.cast(values.get(name, 0.0), self.dtype) for name in self.names]
         counts = [float(name in values) for name in self.names]
@@ -96,7 +98,7 @@ class RowMeans(keras.metrics.Metric):
 
 
 def check_logs(metrics, own):
-    """Raises if any of `metrics` is logged by a name by which one of R-Drop's `own` among them is."""
+    """Raises if one of `metrics` is logged by the same name as one of R-Drop's `own`, which are among them."""
     names = [name for metric in metrics if metric in own for name in metric.names]
     for metric in metrics:
         result = {} if metric in own else metric.result()

@@ -1,7 +1,7 @@
 """The loss of one output over several passes, and the divergence between them.
 
-The divergence takes the shape of the loss's values, as they are before they are weighted and reduced. So
-`sample_weight`, masks and the loss's reduction mean the same for both, whatever the loss has averaged away.
+The divergence takes the shape that the loss's values have before they are weighted and reduced. So `sample_weight`,
+masks and the loss's reduction mean the same for both, whichever axes the loss averages over.
 
 Comes in: a compiled loss, and the targets, outputs and weights that Keras gives to it. Goes out: the loss, and the
 `OutputTerms` of the divergence. Called by: Keras, through `PassesLoss`.
@@ -21,7 +21,7 @@ from rdrop_keras.divergence_of_output import ignored_class
 from rdrop_keras.passes import tiling
 from rdrop_keras.wrapper import replicas
 
-# Keras calls the loss of each output with no room for more arguments: the number of passes, and a list for the terms.
+# The number of passes, and a list for the terms. Keras calls the loss of each output and passes no further arguments.
 _reading = contextvars.ContextVar("rdrop_keras_reading", default=None)
 
 
@@ -36,7 +36,7 @@ class OutputTerms(NamedTuple):
 
 @contextlib.contextmanager
 def reading(num_passes):
-    """Within it, outputs hold so many passes. It gives a list, to which each output adds its `OutputTerms`."""
+    """Within it, outputs hold so many passes. It yields a list, to which each output adds its `OutputTerms`."""
     terms = []
     token = _reading.set((num_passes, terms))
     try:
@@ -46,7 +46,7 @@ def reading(num_passes):
 
 
 class OutputLoss:
-    """The loss of one output: within a `reading` its mean over passes, whose divergence is added to the terms.
+    """The loss of one output. Within a `reading` it is the mean over passes, and their divergence joins the terms.
 
     Args:
         loss: A Keras loss.
@@ -85,7 +85,7 @@ class OutputLoss:
             passes = tiling.split(y_pred, num_passes)
             task, values, mask = self._task(y_true, passes, sample_weight)
             divergence = self._divergence_of(passes)
-            # A loss with a `__call__` of its own does not show its values; then the weights show their first axes.
+            # A loss with a `__call__` of its own does not show its values. The weights then show their first axes.
             like = sample_weight if values is None else values
             divergence = divergence if like is None else _in_shape_of(like, divergence, mask, y_true)
             (consistency,) = _reduced(self._reduction, ops.expand_dims(divergence, 0), mask, sample_weight)
@@ -101,7 +101,7 @@ class OutputLoss:
         def weight():
             return reduced("sum", ops.ones_like(divergence))
 
-        # Its mean over replicas has to be what one device has.
+        # The mean of `observed` over replicas has to be what one device has.
         observed = logged(consistency)
         observed = observed if self.loss.reduction == "sum" else replicas.scaled_value(observed)
         terms.append(
@@ -115,7 +115,7 @@ class OutputLoss:
         return self._scaled_for_replicas(task)
 
     def _task(self, y_true, passes, sample_weight):
-        """The mean over passes of the loss; its values of the first pass, None if unknown; the mask of all passes."""
+        """The loss as a mean over passes; its values for the first pass, None if unknown; the mask of all passes."""
         losses = [self.loss] * len(passes)
         if type(self.loss).__call__ is keras.losses.Loss.__call__:
             losses = [_KeepsValues(self.loss) for _ in passes]
@@ -125,7 +125,7 @@ class OutputLoss:
         return task, values[0] if values else None, mask
 
     def _mask(self, y_true, y_pred, num_passes, shape):
-        """The same mask, where the loss is read together with the divergence and has values of that shape."""
+        """The mask of all passes, for a loss that is read together with the divergence and has values of that shape."""
         mask = keras_private.get_keras_mask(y_pred)
         masks = [] if mask is None else tiling.split(mask, num_passes)
         if self._ignored_class is not None:
@@ -137,12 +137,12 @@ class OutputLoss:
         divergence = self._divergence
         logits = [keras_private.keras_logits(output) for output in passes]
         if divergence.from_logits is False and logits[0] is not None:
-            # The probabilities came out of a softmax or sigmoid: its inputs have not been rounded to 0 and 1.
+            # The probabilities came out of a softmax or sigmoid. Its inputs have not been rounded to 0 and 1.
             passes, divergence = logits, divergences.Divergence(divergence.name, True, divergence.axis)
         return divergence(passes)
 
     def _alike(self, y_pred):
-        """Of two passes: 1 where they decide alike; for Bernoulli variables the fraction that does."""
+        """1 where two passes decide alike, else 0; for Bernoulli variables, the fraction on which they do."""
         first, second = map(self._divergence.decisions, tiling.split(y_pred, 2))
         alike = ops.cast(ops.equal(first, second), "float32")
         return alike if self._divergence.name != "bernoulli_kl" else ops.mean(alike, axis=self._divergence.axis)
@@ -155,17 +155,17 @@ class OutputLoss:
 
 
 def logged(loss):
-    """`loss` as Keras logs it: one number, and not scaled for replicas."""
+    """`loss` as Keras logs it: one number, not scaled for replicas."""
     loss = keras_private.unscale_loss_for_distribution(loss)
     return ops.mean(loss) if len(loss.shape) else loss
 
 
-# Reductions that are the mean where nothing has a weight.
+# Reductions that are the mean if there are no weights.
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
 class _KerasReduction(keras.losses.Loss):
-    """Keras's own weighting, masking, reduction and scaling for replicas, of values that are there already."""
+    """Keras's own weighting, masking, reduction and scaling for replicas, for values that are there already."""
 
     def call(self, y_true, y_pred):
         return y_pred
@@ -184,7 +184,7 @@ class _KeepsValues(keras.losses.Loss):
 
 
 def _reduced(reduction, values, mask, sample_weight):
-    """The k scalars of `values`, `(k, …)`, k for each element of the loss, reduced under its weights and mask."""
+    """The k tensors in `values`, `(k, …)`, each reduced to a scalar as a loss with these weights and this mask is."""
     if mask is None and sample_weight is None and reduction.reduction in _MEANS and len(values.shape) > 1:
         means = keras_private.scale_loss_for_distribution(_means(values))
         return ops.unstack(ops.cast(means, reduction.dtype))
@@ -197,7 +197,7 @@ def _reduced(reduction, values, mask, sample_weight):
 
 
 def _means(values):
-    """The mean of each of `values`, `(k, …)`: 0, as in Keras, of a replica's part of a batch that has no rows."""
+    """The mean of each of `values`, `(k, …)`. As in Keras it is 0 on a replica whose part of the batch has no rows."""
     axes = tuple(range(1, len(values.shape)))
     if all(size for size in values.shape[1:]):  # Static, and not 0.
         return ops.mean(values, axis=axes)
@@ -207,8 +207,8 @@ def _means(values):
 def _in_shape_of(values, divergence, mask, y_true):
     """`divergence`, `(batch, …)`, in the shape of the `values` of a loss.
 
-    It is averaged over the axes that the values have not, and repeated over those that it has not itself. From the
-    first on, axes are the same as long as they have the same size.
+    It is averaged over axes that only it has, and repeated over axes that only the values have. Counted from the first,
+    axes are taken to be the same as long as they have the same size.
     """
     # The targets may know sizes that the outputs do not.
     known = [
@@ -227,7 +227,7 @@ def _in_shape_of(values, divergence, mask, y_true):
 
 
 def _mean(tensor, first, mask):
-    """The mean over axis `first` and all that follow, of the elements that count."""
+    """The mean, over axis `first` and all later ones, of the elements that count."""
     axes = tuple(range(first, len(tensor.shape)))
     if mask is None or not first < len(mask.shape) <= len(tensor.shape):
         return ops.mean(tensor, axis=axes)

@@ -1,7 +1,7 @@
 """A compiled loss of outputs that hold several passes, with the divergence between the passes.
 
-Comes in: targets, and the outputs of all passes. Goes out: `Terms`, which are not yet put together. Called by: the
-objective in training, and the monitor.
+Comes in: targets, and the outputs of all passes. Goes out: `Terms`, not yet added up. Called by: the objective in
+training, and the monitor.
 """
 
 from typing import NamedTuple
@@ -18,10 +18,10 @@ class Terms(NamedTuple):
 
     Attributes:
         task: The mean over passes of the compiled loss, a scalar; with `reduction="none"`, one value for each row.
-        consistency: 1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), as `task`; 0 of one pass.
-        observed: The consistency as a number, whose mean over replicas is that of the whole batch.
-        agreement: A function that returns how often two passes decide alike, the weighted fraction averaged over the
-            outputs that decide; None if none does.
+        consistency: 1/(m(m−1)) · Σ_{i≠j} D(P_i ‖ P_j), of the same shape as `task`; 0 for one pass.
+        observed: The consistency as a number. Its mean over replicas is that of the whole batch.
+        agreement: A function that returns how often two passes decide alike: a weighted fraction, averaged over the
+            outputs that are decisions. None if no output is.
         weight: A function that returns the sum of the weights of all elements.
     """
 
@@ -33,15 +33,15 @@ class Terms(NamedTuple):
 
 
 class PassesLoss(keras_private.CompileLoss):
-    """What `Model.compile` makes of `loss`, able to read several passes. Called as a loss, it is Keras's.
+    """What `Model.compile` makes of `loss`, able to read several passes. Called as a loss, it works as Keras's does.
 
     Args:
         loss, loss_weights, output_names: As for `CompileLoss`.
         divergence: What `RDropModel` takes.
 
     Raises:
-        ValueError: If `divergence` does not fit the losses or the outputs: here where the names of losses and outputs
-            tell, else when the first step has shown the outputs.
+        ValueError: If `divergence` does not fit the losses or the outputs. It is raised here if the names of losses and
+            outputs show it, else once the first step has shown the outputs.
     """
 
     def __init__(self, loss, loss_weights, output_names, divergence):
@@ -53,7 +53,7 @@ class PassesLoss(keras_private.CompileLoss):
 
     def build(self, y_true, y_pred):
         super().build(y_true, y_pred)
-        self.built = False  # Until all is checked: after an error PyTorch's symbolic build tries once more.
+        self.built = False  # Until all is checked: after an error Keras's symbolic build on PyTorch tries once more.
         outputs = tree.flatten(y_pred)
         num_outputs = len(outputs)
         names = list(self.output_names or _keys(y_pred) or range(num_outputs))
@@ -98,7 +98,7 @@ class PassesLoss(keras_private.CompileLoss):
         )
 
     def num_rows(self, y_pred, num_passes):
-        """The rows of the batch, after the first `terms`: as many as Keras counts for `loss`."""
+        """The number of rows that Keras counts for `loss`. It is known after the first `terms`."""
         return ops.shape(tree.flatten(y_pred)[self._position])[0] // num_passes
 
 

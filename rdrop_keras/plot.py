@@ -1,7 +1,8 @@
 """Pictures of runs side by side: losses, metrics and consistency over steps and over seconds.
 
-Comes in: histories of `fit`. Goes out: a matplotlib figure. Called by: users. It needs the extra `plot`, and works
-without pyplot, so that no display and no global state are involved.
+It needs the extra `plot`. It does not use pyplot, so that no display and no global state are involved.
+
+Comes in: histories of `fit`. Goes out: a matplotlib figure. Called by: users.
 """
 
 import math
@@ -46,13 +47,14 @@ def compare(
     """Draws runs next to each other, as the paper's Figure 2 does.
 
     There is a row of panels for the losses (training dashed, validation solid), for each validation metric and for the
-    consistency loss. There is a column over training steps and, if every run has `seconds` from the callback `Clock`,
-    one over seconds. What the runs do not have is left out. The training loss is `task_loss` if a run has it, which is
-    comparable with the loss of plain training. Panels that span more than a factor of 8 get a logarithmic axis.
+    consistency loss. There is a column over training steps. If every run has `seconds` from the callback `Clock`, there
+    is one over seconds too. What the runs do not have is left out. If a run has `task_loss`, it is drawn as the
+    training loss, since it is comparable with the loss of plain training. Panels that span more than a factor of 8 get
+    a logarithmic axis.
 
     Args:
-        histories: `{name: run}`. A run is what `fit` returns, or its `.history`, or a list of these with one for each
-            seed, which is drawn as a mean with a band of one standard deviation.
+        histories: `{name: run}`. A run is what `fit` returns, or its `.history`. It may be a list of these, one for
+            each seed, which is drawn as a mean with a band of one standard deviation.
         path: Where to save the picture. The ending chooses the format. By default it is not saved.
 
     Returns:

@@ -1,1 +1,1 @@
-"""`with_dropout`: the same model with dropout, for the many pretrained models that come without."""
+"""`with_dropout` makes the same model with dropout, for the many pretrained models that come without it."""

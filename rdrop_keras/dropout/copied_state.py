@@ -1,7 +1,8 @@
 """Copies the state of a model into another that was made from its configuration.
 
-Some layers of KerasHub make their dropout only for a rate above 0, and a graph with dropout orders its other layers
-differently. So layers are paired from the outside in, by name within a graph and by order elsewhere.
+The two do not have the same lists of layers. Some layers of KerasHub make their dropout only for a rate above 0, and a
+graph with dropout has its other layers in another order. So layers are paired from the outside in, by name within a
+graph and by order elsewhere.
 
 Comes in: two models of the same layers, except for dropout. Goes out: weights, trainable flags, LoRA and assets of the
 first in the second. Called by: `with_dropout`.
@@ -18,7 +19,7 @@ def copy_state(source, target):
     """Copies the state of `source` into `target`.
 
     Raises:
-        ValueError: If a layer with weights in one of them has no counterpart in the other.
+        ValueError: If a layer with weights in one model has no counterpart in the other.
     """
     pairs = _Pairs()
     pairs.add(source, target)
@@ -68,7 +69,7 @@ class _Pairs:
 
 
 def _groups(old, new, belongs):
-    """Pairs of lists of those layers in `old` and `new` that `belong`. The k-th layers of a pair are counterparts."""
+    """Pairs of lists: layers of `old`, and of `new`, for which `belongs` holds. The k-th of both are counterparts."""
     both = [[layer for layer in keras_private.children(parent) if belongs(layer)] for parent in (old, new)]
     names = [[layer.name for layer in layers] for layers in both]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
@@ -76,8 +77,8 @@ def _groups(old, new, belongs):
         return [([layer], [by_name[layer.name]]) for layer in both[0]]
     if not keras_private.operations(old):
         return [both]
-    # In some graphs of KerasHub names begin with the name of the model. Where Keras gives them, they end in a number
-    # that counts on from model to model.
+    # In some graphs of KerasHub, names of layers begin with the name of the model. Names that Keras makes end in a
+    # number that counts on from model to model.
     groups = collections.defaultdict(lambda: ([], []))
     for i, (parent, layers) in enumerate(zip((old, new), both)):
         for layer in layers:
@@ -112,7 +113,8 @@ def _variable_pairs(old, new):
     olds, news = keras_private.own_variables(old), keras_private.own_variables(new)
     names = [[variable.name for variable in variables] for variables in (olds, news)]
     if len(set(names[0])) == len(names[0]) and sorted(names[0]) == sorted(names[1]):
-        # Variables that were added later, such as by quantization, come in another order in a layer made with them.
+        # A layer to which variables were added later, such as by quantization, has them in another order than a layer
+        # that was made with them.
         olds, news = (sorted(variables, key=lambda variable: variable.name) for variables in (olds, news))
     described = [[(tuple(v.shape), v.dtype) for v in variables] for variables in (olds, news)]
     if described[0] != described[1]:

@@ -1,7 +1,7 @@
 """Makes a model anew from its configuration, which may be changed on the way.
 
-The layers of a graph are made one by one, so that classes and functions need not be registered. The state of the
-original is copied by `copied_state.py`.
+The layers of a graph are made one by one, so that classes and functions need not be registered. `copied_state.py`
+copies the state of the original.
 
 Comes in: a model, and a function that changes configurations. Goes out: a new model with new weights. Called by:
 `with_dropout`.
@@ -71,7 +71,7 @@ class Copier:
 
 
 def _own_functions(layer, config):
-    """The entries of `config` that are the user's functions on `layer`, such as a lambda. No name leads to them."""
+    """The entries of `config` that are the user's own functions, such as a lambda. They cannot be found by a name."""
     own = {}
     for name in config:
         value = vars(layer).get(name, vars(layer).get(f"_{name}"))
@@ -81,7 +81,7 @@ def _own_functions(layer, config):
 
 
 def _own_objects(layer):
-    """What is the user's in `layer` and is looked up by name: classes of layers, functions, initializers."""
+    """The user's own objects in `layer` that are looked up by name: classes of layers, functions, initializers."""
     own = {}
     for inner in keras_private.all_layers(layer):
         for value in (inner, *vars(inner).values()):

@@ -1,9 +1,10 @@
 """The dropout rates in the configuration of a model, and the same configuration with other rates.
 
 A configuration is what `get_config` returns. It has a place for a rate even if the rate is 0 and the model made no
-dropout layer for it. Which layers are random is decided elsewhere, in `passes/randomness.py`.
+dropout layer for it. `passes/randomness.py` decides which layers are random.
 
-Comes in: a model or its configuration. Goes out: a configuration with other rates. Called by: `with_dropout`.
+Comes in: a model or its configuration. Goes out: the type of its rates, and a configuration with other rates. Called
+by: `with_dropout`.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ _OF_CLASS = ("rate", "drop_rate", "drop_prob")
 
 
 def rate_type(model):
-    """What `with_dropout` is to set in `model`: "dropout", else "depth", which is stochastic depth, else None."""
+    """Which rates `with_dropout` is to set in `model`: "dropout", else "depth" (stochastic depth), else None."""
     found = set()
 
     def note(rate_type, rate):
@@ -52,7 +53,7 @@ def configuration(layer):
 
 
 def with_rates(config, new_rate, class_name=""):
-    """A copy of `config`, that of a `class_name`, in which each rate is `new_rate(rate_type, rate)`.
+    """A copy of `config`, the configuration of a `class_name`, in which each rate is `new_rate(rate_type, rate)`.
 
     A rate is a number ≥ 0 and < 1 with the name of a rate. Its type is "dropout" or "depth".
     """

@@ -1,4 +1,4 @@
-"""The same model with dropout, for the many pretrained models that come without.
+"""The same model with dropout, for the many pretrained models that come without it.
 
 Comes in: a model and a rate. Goes out: a new model of the same class and weights, with dropout at that rate. Called by:
 users, before they wrap a model.
@@ -28,14 +28,14 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
 
     - In a KerasHub task or backbone, and in any model whose class has its own configuration, all dropout rates of the
       configuration are set to `rate`, including those above 0 and those of nested models.
-    - In a Functional or Sequential model, dropout layers at rate 0 get `rate`. So do attention, recurrent and
-      KerasHub's layers with an argument such as `dropout` that is 0. Rates above 0 are kept. If all are above 0, the
-      new model is a plain copy.
+    - In a Functional or Sequential model, dropout layers at rate 0 get `rate`. So do attention layers, recurrent layers
+      and layers of KerasHub with an argument such as `dropout` that is 0. Rates above 0 are kept. If all are above 0,
+      the new model is a plain copy.
 
-    Recurrent dropout is left as it is. So is stochastic depth, unless the model has a place for no other dropout.
+    Recurrent dropout is left as it is. Stochastic depth is left too, unless the model has no place for other dropout.
 
-    The new model predicts what `model` predicts, and `model` itself does not change. Frozen layers stay frozen; LoRA
-    and dtype policies are kept. A KerasHub task keeps its sampler and its preprocessor, which is the same object. The
+    The new model predicts what `model` predicts, and `model` itself does not change. Frozen layers stay frozen. LoRA
+    and dtype policies are kept. A KerasHub task keeps its sampler and its preprocessor, which are the same objects. The
     new model is not compiled, except that a KerasHub task compiles itself with its defaults. It is made under the
     `tf.distribute` strategy of `model`.
 
@@ -89,7 +89,7 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
         if not new.built:
             new.build_from_config(model.get_build_config())
         copied_state.copy_state(model, new)
-    if hasattr(model, "sampler"):  # By which a KerasHub task generates.
+    if hasattr(model, "sampler"):  # A KerasHub task generates with it.
         new.sampler = model.sampler
     active, _, opaque = randomness.classify(new)
     if not active and not opaque:

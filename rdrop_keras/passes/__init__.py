@@ -1,10 +1,10 @@
 """The passes of a step: a model called so that its outputs are those of several passes over one batch.
 
-All passes go through the model in one call, as rows of one batch, wherever each pass then gets the values it would have
-alone. Elsewhere they run one after another.
+Where each pass gets the values that it would have alone, all passes go through the model in one call, as rows of one
+batch. Elsewhere they run one after another.
 
-Comes in: a batch of N rows and the number of passes m. Goes out: outputs of mN rows. Called by: `RDropModel` in its
-paired steps, and `monitor`.
+Comes in: a batch of N rows and the number of passes m. Goes out: outputs of mN rows. Called by: `RDropModel` in steps
+of R-Drop, and `monitor`.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Passes:
         self.graph = PairedGraph(self.model, self.share)
 
     def __call__(self, inputs, num_passes, training):
-        """The model's outputs over `inputs`, `(N, …)`, of all passes: `(mN, …)`."""
+        """The model's outputs of all passes, `(mN, …)`, over `inputs`, `(N, …)`."""
         if not self.model.built:
             if isinstance(self.model, keras.Sequential) and ops.is_tensor(inputs):
                 self.model.build(tuple(inputs.shape))
@@ -85,7 +85,7 @@ class Passes:
         if self._rates is None:
             self.graph.examine_batch(inputs, training)
         at_rates = self._at_rates(num_passes)
-        # That nothing is shared needs no graph, unless the passes run one by one, each layer at rates of its own.
+        # If nothing is shared, no graph is needed, unless the passes run one by one.
         if self.graph.knows_layers and (self.share != "nothing" or at_rates is not None):
             return self.graph(inputs, num_passes, training, at_rates)
         if at_rates is None:
@@ -98,7 +98,7 @@ class Passes:
         return tiling.concatenate(outputs)
 
     def _at_rates(self, num_passes):
-        """One context for each pass, to call layers in, if the passes run one after another; else None."""
+        """If the passes run one after another, a context for each pass in which layers are called; else None."""
         if self._rates is not None:
             return [functools.partial(self._rates.at, rate) for rate in self.dropout_rates]
         return [contextlib.nullcontext] * num_passes if self.graph.separate else None

@@ -1,7 +1,8 @@
 """What layers add to the loss where the passes run one after another.
 
-A layer that runs on the rows of all passes together calls `add_loss` once. One that runs once for each pass calls it
-m times, and so does Keras for an activity regularizer. The loss of a step should have it once, as its mean over passes.
+A layer that runs on the rows of all passes together calls `add_loss` once. A layer that runs once for each pass calls
+it m times, and so does Keras for an activity regularizer. The loss of a step should have it once, as its mean over
+passes.
 
 Comes in: a model whose passes run. Goes out: scaled losses, which Keras collects. Called by: `graph.PairedGraph` and
 `Passes`.
@@ -21,8 +22,8 @@ def mean_over(num_passes, model):
     given = []
     layers = keras_private.all_layers(model)
     for layer in layers:
-        # In `vars`, since Keras would track what is assigned. Losses are handed on at the end: each call of a model
-        # from outside forgets those of the call before.
+        # In `vars`, since Keras would track what is assigned. Losses are handed on at the end, since each call of a
+        # model from outside forgets those of the call before.
         vars(layer)["add_loss"] = functools.partial(_note, given, layer.add_loss)
     try:
         yield

@@ -1,6 +1,6 @@
 """Passes at dropout rates of their own (section 4.4 of the paper).
 
-Comes in: a model and a rate for each pass. Goes out: contexts in which its layers have that rate. Called by: `Passes`.
+Comes in: a model, and the rate of a pass. Goes out: a context in which its layers have that rate. Called by: `Passes`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ class DropoutRates:
     """Runs layers of `model` at another dropout rate, for the passes of a step (section 4.4 of the paper).
 
     All rates above 0 are replaced, those of attention and recurrent dropout too. Layers at 0 stay at 0. Afterwards the
-    rates are again what they were when this object was made, whatever another thread does in between.
+    rates are what they were when this object was made, whatever another thread does in between.
 
     Raises:
         ValueError: If no layer of `model` has a dropout rate above 0.
@@ -41,13 +41,13 @@ class DropoutRates:
         """Within it, the dropout layers in `operation` are at `rate`.
 
         Raises:
-            ValueError: On several replicas of tf.distribute that wait for each other inside `operation`.
+            ValueError: If several replicas of `tf.distribute` wait for each other inside `operation`.
         """
         layers = keras_private.all_layers(operation)
         own = [(layer, name, value) for layer in layers for name, value in self._own.get(layer, {}).items()]
         normalizer = next((layer for layer in layers if getattr(layer, "synchronized", False)), None)
         if own and normalizer is not None and self._num_replicas > 1:
-            # Replicas are traced in threads that take turns where they wait. The others would run at this pass's rate.
+            # Replicas are traced in threads, which take turns where they wait. Other replicas would run at this rate.
             raise ValueError(
                 "On several replicas, `dropout_rates` cannot act on a layer or model that holds both dropout and "
                 "synchronized batch normalization. Make it of Functional models, or give `synchronized=False`. "

@@ -2,10 +2,10 @@
 
     x (N) → deterministic layers (N) → tile → random layers and all that follows (mN) → P_1 … P_m
 
-It lists the calls that a Functional or Sequential model records, including those of nested models, and marks each to
-run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
+It lists the calls that a Functional or Sequential model records, including those of nested models. It marks each call
+to run once or for every pass. It runs the model's own layers and owns nothing: no layer, no variable, no node.
 
-Comes in: a model and `share`, later batches of N rows. Goes out: marked calls, later outputs of mN rows. Called by:
+Comes in: a model and `share`; later, batches of N rows. Goes out: marked calls; later, outputs of mN rows. Called by:
 `Passes`, and `report` for the marks.
 """
 
@@ -35,15 +35,15 @@ class PairedGraph:
     Attributes:
         calls: The calls, a list of `LayerCall`, in an order in which they can run.
         separate: Why the passes must run one after another and not as rows of one batch; None if they need not. Some
-            reasons are known after the first batch only.
+            reasons are known only after the first batch.
 
     Args:
         model: A built `keras.Model`. A model that is no graph of layers shares nothing.
         share: `"deterministic"`, `"nothing"`, or the name of a layer.
 
     Raises:
-        ValueError: If `share` names no layer or several, or a layer after which nothing is random or axis 0 is not the
-            batch; if a layer that runs for every pass keeps a state for each row.
+        ValueError: If `share` names no layer or several; if it names a layer after which nothing is random, or whose
+            output does not have the batch on axis 0; if a layer that runs for every pass keeps a state for each row.
     """
 
     def __init__(self, model, share):
@@ -78,7 +78,7 @@ class PairedGraph:
         sizes = {tensor.shape[0] for tensor in tree.flatten(inputs) if tensor is not None and len(tensor.shape)} - {
             None
         }
-        if len(sizes) > 1:  # Such as nodes and edges of a graph, whose rows name rows of each other.
+        if len(sizes) > 1:  # Such as nodes and edges of a graph: rows of one refer to rows of the other.
             self.separate = self.separate or f"the inputs of {self.model.name!r} have {sorted(sizes)} rows"
         elif self._waits_for_batch:
             self._waits_for_batch = False
@@ -110,8 +110,8 @@ class PairedGraph:
             inputs: What the model is called with.
             num_passes: m.
             training: As for the model.
-            at_rates: One function for each pass, from an operation to the context in which it is called. The passes
-                then run one after another, and batch normalization after the first dropout sees them one by one.
+            at_rates: For each pass a function from an operation to the context in which it is called. The passes then
+                run one after another, and batch normalization after the first dropout sees them one by one.
         """
         once = dict(zip(self._inputs, keras_private.standardized(self.model, self._functional, inputs)))
         with keras_private.call_context(self.model, training), keras_private.autocast_scope(self.model):
@@ -127,7 +127,7 @@ class PairedGraph:
         return keras_private.packed_outputs(self._functional, [tensors.get(slot, True) for slot in self._outputs])
 
     def _run(self, program, tensors, training, repeated, at_rate=contextlib.nullcontext):
-        """Runs those calls that are repeated, or those that are not."""
+        """Runs the calls that are repeated, or those that are not."""
         for item in program:
             if isinstance(item, _Nested):
                 with keras_private.name_scope(item.model), keras_private.autocast_scope(item.model):
@@ -152,7 +152,7 @@ class PairedGraph:
         return self._num_slots
 
     def _trace(self, functional, inputs, prefix):
-        """The program of `functional`, whose inputs are the slots `inputs`, and the slots of its outputs."""
+        """The program of `functional` and the slots of its outputs, for `inputs`, the slots of its inputs."""
         slots = {id(tensor): slot for tensor, slot in zip(functional.inputs, inputs)}
         program = []
         for node in keras_private.nodes(functional):
@@ -222,7 +222,7 @@ def _flat(program):
 
 
 def _nested_call(node):
-    """The Functional model that `node` calls, with the tensors and masks it gives it; three Nones if there is none."""
+    """The Functional model that `node` calls, and the tensors and masks that go in; three Nones if there is none."""
     args, kwargs = node.arguments.args, node.arguments.kwargs
     functional = keras_private.functional(node.operation) if isinstance(node.operation, keras.Model) else None
     if functional is None or len(args) != 1 or set(kwargs) - {"mask", "training"}:

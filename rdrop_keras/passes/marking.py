@@ -1,4 +1,4 @@
-"""Which calls of a model run once for all passes and which for each, and whether all passes can run together.
+"""Which calls of a model run once for all passes, which run for each pass, and whether all passes can run together.
 
 Comes in: the calls of a model, and the shapes of their tensors at two batch sizes. Goes out: marks on the calls. Called
 by: `graph.PairedGraph`.
@@ -17,8 +17,8 @@ from rdrop_keras.passes import randomness
 
 # The batch sizes at which shapes are computed. An axis that follows both is the batch.
 BATCH_SIZES = (2, 3)
-# Tried for axes of unknown size: one for where there is a longest sequence, and one that can be halved. Neither is a
-# batch size, so that an axis which has to be as long as the batch does not fit.
+# Sizes that are tried for axes of unknown size. The first suits a model with a longest sequence; the second can be
+# halved. Neither is one of the batch sizes, so that an axis which has to be as long as the batch does not fit.
 _UNKNOWN_SIZES = (5, 64)
 
 
@@ -33,8 +33,8 @@ class LayerCall:
         inputs: `{id of a KerasTensor of the node: slot}`; a slot is a tensor's number in the graph.
         outputs: Slots of the flat outputs.
         repeated: Whether it runs for every pass.
-        reason: Why it does, or does not.
-        origin: The call that it follows, if it is repeated because of another.
+        reason: Why it does, or why it does not.
+        origin: The first repeated call that it follows, if it is repeated because of another.
     """
 
     name: str
@@ -56,20 +56,20 @@ class LayerCall:
         self.reason = reason
 
     def follow(self, call):
-        """Repeats it because it uses an output of `call`."""
+        """Marks it as repeated because it uses an output of `call`."""
         self.origin = call.origin or call
         self.repeat(f"follows {self.origin.name}")
 
 
 @dataclasses.dataclass(eq=False)
 class Conversion(LayerCall):
-    """How the nested model `operation` receives an input: as a tensor like `reference`, which it was made for."""
+    """How the nested model `operation` receives an input: converted to be like `reference`, the input it declares."""
 
     reference: Any = None
 
 
 def up_to(share, calls):
-    """The calls that the layer named `share` depends on, and its own."""
+    """The calls of the layer named `share`, and all calls on which they depend."""
     named = [call for call in calls if not isinstance(call, Conversion)]
     names = {call.name: call for call in named}
     for call in named:  # The first part of their names is that of a nested model.
@@ -99,7 +99,7 @@ def up_to(share, calls):
 
 
 def _hint(paths, inside, close):
-    """What the user may have meant by a name that fits no layer, or several."""
+    """What the user may have meant by a name that fits no layer or several."""
     if paths:
         return f"More than one has it: {', '.join(map(repr, paths))}."
     if inside:
@@ -108,7 +108,7 @@ def _hint(paths, inside, close):
 
 
 def mark(calls, once, share, known, outputs):
-    """Marks the `calls` to repeat, except those in `once`, such that the slots `outputs` exist for every pass."""
+    """Marks which `calls` are repeated, never those in `once`, so that the slots `outputs` exist for every pass."""
     for call in once:
         call.reason = f"up to {share!r}"
     for call in calls:
@@ -145,7 +145,7 @@ def mark(calls, once, share, known, outputs):
 
 
 def known_specs(calls, inputs):
-    """`{slot: KerasTensors at the two BATCH_SIZES}` of all tensors that `calls` are known to compute from `inputs`."""
+    """`{slot: KerasTensors at the two BATCH_SIZES}` for all tensors whose shapes can be computed from `inputs`."""
     first, second = (_specs_at(size, calls, inputs) for size in BATCH_SIZES)
     return {slot: (spec, second[slot]) for slot, spec in first.items() if slot in second}
 
@@ -174,7 +174,7 @@ def _specs_at(batch_size, calls, inputs):
             args, kwargs = call.node.arguments.fill_in(values)
             try:
                 outputs = tree.flatten(call.operation.compute_output_spec(*args, **kwargs))
-            except Exception:  # Any: the shapes of what cannot be run stay unknown.
+            except Exception:  # Of any kind: the shapes of what cannot be run stay unknown.
                 continue
         specs.update(zip(call.outputs, outputs))
     return specs
@@ -200,7 +200,7 @@ def _relates_rows(call, known):
     """Whether an output row of `call` may depend on several rows of the batch, as far as shapes tell."""
     inputs = [slot for slot in call.inputs.values() if slot is not None]
     if not all(slot in known for slot in inputs):
-        return False  # Then so does a call before it, whose outputs are unknown.
+        return False  # An earlier call has unknown outputs.
     pairs = {slot: _shapes(known[slot]) for slot in inputs}
     varying = [slot for slot, (first, second) in pairs.items() if first != second]
     if not varying:
@@ -210,7 +210,7 @@ def _relates_rows(call, known):
     if randomness.treats_rows_alike(call.operation) and all(map(_follows_batch, pairs.values())):
         return False
 
-    # Rows that were cut into equal parts, such as (N · length, channels), are still on their own.
+    # Rows that were cut into equal parts, such as (N · length, channels), are still independent.
     is_vouched_for = randomness.is_vouched_for(call.operation)
     has_unknown_axes = any(None in shape for pair in pairs.values() for shape in pair)
     if (is_vouched_for or not keras_private.declares_shape(call.operation)) and not has_unknown_axes:
@@ -243,17 +243,17 @@ def _are_apart(outputs, specs, follow):
     """Whether all that `outputs` returns has rows that `follow` the rows of a batch.
 
     Args:
-        outputs: A function from KerasTensors to KerasTensors, which runs what is examined and not what it declares.
-        specs: What it is called with at the two `BATCH_SIZES`.
-        follow: A function of a tensor's shapes at both.
+        outputs: A function from KerasTensors to KerasTensors. It runs what is examined, whatever shape that declares.
+        specs: The arguments of `outputs` at the two `BATCH_SIZES`.
+        follow: A function of a tensor's shapes at both sizes.
     """
     for unknown in _UNKNOWN_SIZES:
-        with contextlib.suppress(Exception):  # Any: it does not run at this size.
+        with contextlib.suppress(Exception):  # Of any kind: it does not run at this size.
             flat = [tree.flatten(outputs(_filled(inputs, unknown))) for inputs in specs]
             shapes = [[spec.shape for spec in tensors if spec is not None] for tensors in flat]
             return all(map(follow, zip(*shapes)))
-    # What does not run at another batch size cannot run on the rows of all passes. Nor can a layer run on rows and a
-    # matrix of which rows are neighbours.
+    # What does not run at another batch size cannot run on the rows of all passes. An example is a layer that takes
+    # rows and a matrix that tells which of them are neighbours.
     return False
 
 
@@ -267,7 +267,7 @@ def _axis_is_batch(call, pairs):
 
 
 def _is_proportional(pair):
-    """Whether axis 0, and no other, grows with the batch. It may be unknown, as some layers declare it."""
+    """Whether axis 0, and no other, grows with the batch. Its size may be unknown, as some layers declare it."""
     first, second = pair
     if not first or first[1:] != second[1:]:
         return False
@@ -291,7 +291,7 @@ def _like(tensor, shape):
 
 
 def _filled(specs, size):
-    """`specs` with axes of that size where it is unknown."""
+    """`specs` with `size` for axes of unknown size."""
 
     def filled(spec):
         return spec if spec is None else _like(spec, tuple(size if axis is None else axis for axis in spec.shape))

@@ -4,15 +4,16 @@ A layer counts as deterministic only if its code is Keras's or KerasHub's and sh
 
     rdrop_stochastic = False
 
-on the class or the layer. That promises: in training its outputs depend on its inputs and weights alone, it changes no
-state, and each row of the outputs depends on one row of the batch. `rdrop_stochastic = True` declares it random.
+on the class or the layer. This promises that in training its outputs depend on its inputs and weights alone, that it
+changes no state, and that each row of the outputs depends on one row of the batch. `rdrop_stochastic = True` declares
+it random.
 
     rdrop_mixes_rows = True
 
 on a layer or a model, or on its class, declares that its rows depend on each other or share one draw of random numbers.
 The passes then run one after another. Both can be declared together.
 
-Comes in: a model, a layer or an operation. Goes out: what is known of it, and why. Called by: the other modules of
+Comes in: a model, a layer or an operation. Goes out: what is known of it, and why. Called by: other modules of
 `passes`, `RDropModel` for a warning, and `with_dropout`.
 """
 
@@ -40,10 +41,11 @@ DROPOUT_RATES = ("rate", "dropout", "recurrent_dropout", "drop_rate", "drop_prob
 _RATES = (*DROPOUT_RATES, "stddev")
 # Layers of Keras that draw one number for all rows of a batch.
 _ONCE_A_BATCH = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomCrop", "RandomElasticTransform")
-# Known by name, since some draw from Keras's global seed and some make a seed only for a rate above 0.
+# Random layers, known by name. Some draw from Keras's global seed, and some make a seed only for a rate above 0.
 _DROPOUT = re.compile("Dropout|DropPath|DropBlock|StochasticDepth|GaussianNoise")
-# The only layers with non-trainable variables that can run once for all passes. Batch normalization updates them by
-# the mean and variance of the batch, which are the same when the batch is repeated. `Normalization` never updates them.
+# Layers whose non-trainable variables do not keep them from running once for all passes. Batch normalization updates
+# its own by the mean and variance of the batch, which are the same when the batch is repeated. `Normalization` never
+# updates its own.
 _EXACT_STATE = ("BatchNormalization", "Normalization")
 
 
@@ -51,9 +53,9 @@ def classify(model):
     """The layers of `model` by what is known of their randomness in training.
 
     Returns:
-        Three lists. `active`: layers that draw random numbers. `inactive`: `(layer, rates)` of those that would if
-        their rates were above 0. `opaque`: layers with code from outside Keras and KerasHub, which may draw or not.
-        Models are never `opaque`, since their `call` usually only connects layers.
+        Three lists. `active` has layers that draw random numbers. `inactive` has `(layer, rates)` for those that would
+        if their rates were above 0. `opaque` has layers with code from outside Keras and KerasHub, which may draw or
+        not. Models are never `opaque`, since their `call` usually only connects layers.
     """
     active, inactive, opaque = [], [], []
     for layer in keras_private.all_layers(model):
@@ -114,7 +116,7 @@ def why_rows_relate(operation):
         if mixes_rows(layer):
             return f"{layer.name!r} declares rdrop_mixes_rows"
         noise_shape = getattr(layer, "noise_shape", None)
-        # Any other begins with 1 or the size of one batch, or is shorter than the input and has no axis for rows.
+        # Any other noise shape begins with 1 or the size of one batch, or is too short to have an axis for rows.
         for_each_row = noise_shape is None or tuple(noise_shape)[:1] == (None,)
         if type(layer).__name__ in _ONCE_A_BATCH or not for_each_row:
             return f"{layer.name!r} draws once for a whole batch"
@@ -136,10 +138,10 @@ def check_stochastic(model):
     """Raises if the passes of `model` would be identical.
 
     Returns:
-        Whether a layer is known to be random. If none is, the code of the model's own may still be.
+        Whether a layer is known to be random. If none is, the model's own code may still draw random numbers.
 
     Raises:
-        ValueError: If no layer is random in training, or those that are stay off.
+        ValueError: If no layer is random in training, or the random ones stay off.
     """
     active, inactive, opaque = classify(model)
     off = [] if keras_private.takes_training(model) else [layer for layer in active if _is_off_by_default(layer)]
@@ -213,7 +215,7 @@ def _is_vouched(operation):
 
 
 def _is_known(operation):
-    """Whether all code that computes the outputs of `operation`, except its sublayers, is Keras's or KerasHub's."""
+    """Whether Keras or KerasHub wrote all code that computes the outputs of `operation`, sublayers apart."""
     if type(operation).__name__ in _FOREIGN or "call" in vars(operation):
         return False
     for cls in type(operation).__mro__:
@@ -231,7 +233,7 @@ def _is_code(value):
 
 
 def _is_foreign_callable(attribute):
-    """Whether an attribute is a function from elsewhere that a layer may call on its inputs, such as an activation."""
+    """Whether an attribute is a function from elsewhere, such as an activation, that a layer may call on its inputs."""
     name, value = attribute
     while isinstance(value, functools.partial):
         value = value.func

@@ -70,17 +70,17 @@ def sharing(model: keras.Model, share: str = "deterministic") -> Sharing:
     """What R-Drop would compute once for all passes of `model`, what for every pass, and why.
 
     Layers before the first that is random in training give every pass the same values, so `RDropModel` runs them once
-    per step. A layer counts as random if it is random or may be: a subclassed model, a `Lambda`, an activation of your
-    own, a layer from outside Keras and KerasHub that does not set `rdrop_stochastic = False`, a layer with
-    non-trainable variables other than batch normalization. A layer also runs for every pass if axis 0 of its output is
-    not the batch. `.summary` tells whether the passes run one after another, and why.
+    per step. A layer counts as random if it is random or may be. Layers that may be random are subclassed models,
+    `Lambda`, activations of your own, layers from outside Keras and KerasHub that do not set `rdrop_stochastic =
+    False`, and layers that keep a state, except normalization and recurrent layers. A layer also runs for every pass if
+    axis 0 of its output is not the batch. `.summary` tells whether the passes run one after another, and why.
 
     Args:
         model: A built `keras.Model`, or an `RDropModel` around one.
         share: As for `RDropModel`: `"deterministic"`, `"nothing"` or the name of a layer.
 
     Returns:
-        A `Sharing`, which prints as a table. `.calls` has a row for each call of a layer, and `.summary` is one line.
+        A `Sharing`, which prints as a table. `.calls` has an entry for each call of a layer. `.summary` is one line.
 
     Raises:
         TypeError: If `model` is no `keras.Model` or `share` no string.

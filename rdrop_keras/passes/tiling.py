@@ -1,11 +1,11 @@
 """Several passes in one tensor: how passes are joined and split again.
 
 Passes lie one after another on axis 0: `(N, …)` becomes `(mN, …)`, all rows of the first pass, then all of the second.
-Under `keras.distribution` the passes of a row lie next to each other instead. Each device holds a stretch of axis 0 and
-so keeps its own rows; otherwise devices would have to exchange them.
+Under `keras.distribution` the passes of a row lie next to each other instead. Each device holds a stretch of axis 0,
+and so it keeps its own rows. Otherwise devices would have to exchange rows.
 
 Comes in: tensors of N rows for each pass, or of mN rows. Goes out: tensors of mN rows, or of N rows for each pass.
-Called by: the paired graph, `Passes`, the objective and `monitor`.
+Called by: the paired graph, `Passes`, the losses, the metrics and `monitor`.
 """
 
 import keras
@@ -26,7 +26,7 @@ def tile(tensors, num_passes):
 def concatenate(passes):
     """Joins passes, nested structures of `(N, …)` tensors, into one structure of `(mN, …)`; None stays None.
 
-    Keras's masks and cached logits are joined with their tensors. A scalar has no rows: that of the first pass is kept.
+    Keras's masks and cached logits are joined with their tensors. Scalars have no rows: the first pass's are kept.
     """
     if len(passes) == 1:
         return passes[0]
@@ -72,7 +72,7 @@ def stack(tensor, num_passes):
 
 
 def unstack(passes):
-    """The tensor of shape `(mN, …)` of which `passes`, `(m, N, …)`, is the stack."""
+    """Undoes `stack`: the tensor of shape `(mN, …)` for `passes` of shape `(m, N, …)`."""
     passes = ops.moveaxis(passes, 0, 1) if _rows_together() else passes
     return ops.reshape(passes, (-1, *ops.shape(passes)[2:]))
 

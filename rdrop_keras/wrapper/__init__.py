@@ -1,4 +1,5 @@
-"""A Keras model that trains another one in a way of its own, and is that other one in everything else.
+"""A Keras model that trains another model in its own way, and is that other model in everything else.
 
-Nothing here knows of R-Drop. `wrapper_model.WrapperModel` is the base class, and the other modules serve it.
+No module here imports anything of R-Drop. `wrapper_model.WrapperModel` is the base class, and the other modules serve
+it.
 """

@@ -1,7 +1,7 @@
-"""A wrapper that answers as the model inside: scripts go on using the variable that they wrapped.
+"""A wrapper that answers as the model inside, so that scripts can go on using the variable that they wrapped.
 
-What the wrapper does not have itself is read from the model, and what is assigned to a name of the model reaches it.
-Private names and those of Keras's training are the wrapper's own.
+What the wrapper does not have itself is read from the model. What is assigned to an attribute of the model reaches the
+model. Private names, and names that Keras sets in training, are the wrapper's own.
 
 Comes in: reads and assignments of attributes. Goes out: the same of the wrapped model. Called by: users and Keras.
 """
@@ -12,7 +12,7 @@ import keras
 
 from rdrop_keras import keras_private
 
-# What Keras sets in training on the model that it trains. Each of the two models has its own.
+# What Keras sets in training on the model that it trains. The wrapper and the model inside each have their own.
 _OF_TRAINING = ("history", "optimizer", "unrolled_steps_per_execution")
 
 
@@ -67,7 +67,7 @@ class ModelAttributes(keras.Model):
             super().__delattr__(name)
 
     def _is_of_model(self, name):
-        """Whether `name` is an attribute of the model inside and none of the wrapper's."""
+        """Whether `name` is an attribute of the model inside and not of the wrapper."""
         model = None if name.startswith("_") else _model_of(self)
         if model is None or name in _OF_TRAINING or name in self.fixed or hasattr(type(self), name):
             return False
@@ -92,7 +92,7 @@ class ModelAttributes(keras.Model):
 
     @property
     def weights(self) -> list[Any]:
-        # Variables of the wrapper's own are state for Keras's programs and no weights, as random states are.
+        # The wrapper's own variables are state for Keras's programs, as random states are. They are no weights.
         return self.model.weights
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> keras.Layer:
@@ -109,10 +109,10 @@ class ModelAttributes(keras.Model):
     def summary(
         self, line_length: int | None = None, positions: Any = None, print_fn: Any = None, **kwargs: Any
     ) -> None:
-        """Prints the `summary` of the wrapped model, whose arguments it takes."""
+        """Prints the `summary` of the wrapped model. It takes the same arguments."""
         self.model.summary(line_length, positions, print_fn, **kwargs)
 
-    # Private to Keras's layers on TensorFlow (3.14 to 3.15.1): what `tf.saved_model.save` serves.
+    # What `tf.saved_model.save` serves. The name is private to Keras's layers on TensorFlow (3.14 to 3.15.1).
     @property
     def _default_save_signature(self):
         return self.model._default_save_signature

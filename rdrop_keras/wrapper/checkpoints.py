@@ -1,7 +1,7 @@
-"""Files of a model that are always whole: a kill or a full disk in the middle of a save leaves the file before it.
+"""Files of a model that are always whole: after a kill or on a full disk in the middle of a save, the old file is left.
 
-Comes in: the path that a user gave, and what is to be saved. Goes out: a path to write to, which then replaces the
-first. Called by: `save` and `save_weights` of `WrapperModel`.
+Comes in: the path that a user gave, and what is to be saved. Goes out: a path to write to. The file written there then
+replaces the old one. Called by: `save` and `save_weights` of `WrapperModel`.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import threading
 import time
 import zlib
 
-# About as many bytes HDF5 needs for a file and for each array in it, besides the values.
+# HDF5 needs about so many bytes for a file, and for each array in it, besides the values.
 _OVERHEAD = 4096
-# Whether a process elsewhere still writes cannot be asked. A file that it has not touched for a day is left over.
+# There is no way to ask whether a process elsewhere still writes. A file untouched for a day is taken for left over.
 _LEFT_OVER_SECONDS = 24 * 3600
 
 
@@ -24,8 +24,8 @@ _LEFT_OVER_SECONDS = 24 * 3600
 def replacing(filepath, suffix, overwrite, variables):
     """Yields the path to write to. If that succeeds, the file written takes the place of `filepath`, with its mode.
 
-    What is not a local file ending in `suffix`, or what Keras is to ask about or refuse first, is written directly.
-    Files that processes left in the same folder when they were killed in the middle of a save are removed.
+    Anything other than a local file ending in `suffix` is written directly, and so is a file that Keras has to ask
+    about or refuse first. Files in the same folder that killed processes left in the middle of a save are removed.
 
     Args:
         filepath: Where the file is to be.
@@ -34,7 +34,7 @@ def replacing(filepath, suffix, overwrite, variables):
         variables: What will be written.
 
     Raises:
-        OSError: If there is no room for `variables`. HDF5 would notice only while it writes, and may end the process.
+        OSError: If there is no room for `variables`. HDF5 would notice only while it writes, and might end the process.
     """
     path = os.path.realpath(filepath) if "://" not in str(filepath) else ""
     exists = os.path.exists(path)
@@ -46,7 +46,7 @@ def replacing(filepath, suffix, overwrite, variables):
     writer = f"{os.getpid()}-{_place()}-{threading.get_native_id()}"
     partial = f"{path.removesuffix(suffix)}.partial-{writer}{suffix}"
     try:
-        # Whoever may not read the file before must not read this one, not even while it is written.
+        # Whoever may not read the old file must not read this one, not even while it is written.
         with open(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600 if exists else 0o666), "wb") as file:
             if exists:
                 shutil.copystat(path, partial)
@@ -67,7 +67,7 @@ def _size(variable):
 
 
 def _place():
-    """Within what a process is known by its number: a host, and on Linux a container. Eight hexadecimal digits."""
+    """Eight digits for the place in which a process is known by its number: a host, and on Linux a container."""
     try:
         container = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -92,6 +92,6 @@ def _is_left_over(path, process, place):
         os.kill(process, 0)  # Asks whether there is such a process, and does nothing to it.
     except ProcessLookupError:
         return True
-    except PermissionError:  # There is, of another user.
+    except PermissionError:  # There is one, of another user.
         pass
     return False

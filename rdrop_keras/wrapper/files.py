@@ -1,4 +1,4 @@
-"""A wrapper in files: whole ones, with the states of random generators, in formats from which it can be loaded.
+"""How a wrapper is saved: in whole files, with the states of random generators, in formats that can be loaded.
 
 Comes in: paths, stores and configurations. Goes out: what Keras saves and loads. Called by: users, and Keras's saving.
 """
@@ -20,13 +20,13 @@ class SavedWrapper(ModelAttributes):
     _torch_seed: Any
 
     def export(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Exports the wrapped model alone; see `keras.Model.export`, whose arguments it takes."""
+        """Exports the wrapped model alone. It takes the arguments of `keras.Model.export`."""
         return self.model.export(filepath, *args, **kwargs)
 
     def save(
         self, filepath: str | os.PathLike[str], overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
     ) -> None:
-        """Saves as `keras.Model.save`, whose arguments it takes; an existing file is replaced when the new is whole.
+        """Saves as `keras.Model.save` does, with the same arguments. A whole new file replaces an existing one.
 
         Raises:
             ValueError: If `filepath` is one of the older HDF5 format.
@@ -41,12 +41,12 @@ class SavedWrapper(ModelAttributes):
     def save_weights(
         self, filepath: str | os.PathLike[str], overwrite: bool = True, max_shard_size: float | None = None
     ) -> None:
-        """Saves as `keras.Model.save_weights`, whose arguments it takes, and replaces as `save` does."""
+        """Saves as `keras.Model.save_weights` does, with the same arguments, and replaces files as `save` does."""
         with checkpoints.replacing(filepath, ".weights.h5", overwrite, self._saved_variables()) as path:
             super().save_weights(path, overwrite=overwrite, max_shard_size=max_shard_size)
 
     def load_weights(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Loads as `keras.Model.load_weights`, whose arguments it takes; also a file of the wrapped model alone."""
+        """Loads as `keras.Model.load_weights` does, with the same arguments; also a file of the wrapped model alone."""
         if formats.is_of_model_alone(filepath):
             self.model.load_weights(filepath, *args, **kwargs)
         else:
@@ -62,7 +62,7 @@ class SavedWrapper(ModelAttributes):
             self._num_steps = int(np.array(store["num_steps"]))
 
     def get_config(self) -> dict[str, Any]:
-        # Of what the model inside was itself compiled with the wrapper has no need.
+        # The wrapper does not need the inner model's compile configuration.
         return {"name": self.name, "model": _uncompiled(keras.saving.serialize_keras_object(self.model))}
 
     @classmethod

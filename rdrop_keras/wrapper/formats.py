@@ -1,4 +1,4 @@
-"""Which kinds of files a wrapper is saved in, and whose weights a file holds.
+"""In which kinds of files a wrapper is saved, and whose weights a file holds.
 
 Comes in: paths and callbacks that a user gave. Goes out: an error before anything is trained or written, or which model
 is to read a file. Called by: `fit`, `save` and `load_weights` of `WrapperModel`.
@@ -12,7 +12,7 @@ import keras
 
 
 def check_format(filepath, wrapper):
-    """Raises if `filepath` is one of the older HDF5 format, in which Keras would save what it could not load."""
+    """Raises if `filepath` is of the older HDF5 format. Keras would save a wrapper there, but could not load it."""
     if str(filepath).endswith((".h5", ".hdf5")):
         raise ValueError(
             f"An {wrapper} is saved as a `.keras` file, or its weights by `save_weights` as a `.weights.h5` file: from "
@@ -22,14 +22,14 @@ def check_format(filepath, wrapper):
 
 
 def check_callbacks(callbacks, wrapper):
-    """Raises if one of `callbacks` would save in the older HDF5 format: at its first save it would be too late."""
+    """Raises if one of `callbacks` would save in the older HDF5 format. At its first save it would be too late."""
     for callback in keras.tree.flatten([getattr(each, "callbacks", each) for each in callbacks]):
         if isinstance(callback, keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
             check_format(callback.filepath, wrapper)
 
 
 def is_of_model_alone(filepath):
-    """Whether a file of weights is one of a model alone. Those of its wrapper hold the number of steps too."""
+    """Whether a file of weights belongs to a model alone. A file of its wrapper holds the number of steps too."""
     with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), contextlib.ExitStack() as opened:
         file = str(filepath)
         if file.endswith(".keras"):

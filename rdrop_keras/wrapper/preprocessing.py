@@ -1,11 +1,11 @@
-"""Raw inputs of KerasHub tasks, which preprocess them in `fit`, `evaluate` and `predict` and not in `call`.
+"""Raw inputs of KerasHub tasks. A task preprocesses them in `fit`, `evaluate` and `predict`, and not in `call`.
 
-KerasHub does so in `PipelineModel`, a `keras.Model` whose methods map `preprocess_samples` over the data and then call
-the same method of `keras.Model`. Here that last call goes to another model. KerasHub is never imported, since a task
-brings its `PipelineModel` along.
+It does so as a `PipelineModel`, a `keras.Model` whose methods map `preprocess_samples` over the data and then call the
+same method of `keras.Model`. Here that last call goes to another model. KerasHub is never imported, since a task brings
+its `PipelineModel` along.
 
-Comes in: a method's name, a task, and raw data. Goes out: the same method of another model, on preprocessed data.
-Called by: `WrapperModel`, and `monitor`.
+Comes in: a method's name, a task, and raw data. Goes out: what the same method of another model returns on the
+preprocessed data. Called by: `WrapperModel`, and `monitor`.
 """
 
 import functools

@@ -1,7 +1,10 @@
-"""The state of a model's random generators, so that training resumed from a file draws the masks it would have drawn.
+"""The state of a model's random generators. With it, training resumed from a file draws the masks that come next.
 
-Keras saves weights and the optimizer, not this. On PyTorch, unseeded dropout draws from the generator of the process,
-which no model can save. There the wrapper seeds each step from a variable of its own.
+Keras saves weights and the optimizer, but not this state. On PyTorch, unseeded dropout draws from the generator of the
+process, which no model can save. There the wrapper seeds each step from a variable of its own.
+
+Comes in: a model, and a store or a seed. Goes out: states that are saved, loaded or put back, and a context in which a
+step draws. Called by: `WrapperModel`, `replicas` and `monitor`.
 """
 
 import contextlib
@@ -14,7 +17,7 @@ import numpy as np
 def torch_seed():
     """A `SeedGenerator` for `drawing_from`, started from PyTorch's generator; None on other backends.
 
-    There layers have generators of their own.
+    On other backends layers have generators of their own.
     """
     if keras.backend.backend() != "torch":
         return None
@@ -25,17 +28,17 @@ def torch_seed():
 
 @contextlib.contextmanager
 def drawing_from(seed):
-    """PyTorch's random numbers within come from `seed` and leave its generators as they were; None changes nothing."""
+    """Within it, PyTorch draws from `seed` and its generators stay as they were. A `seed` of None changes nothing."""
     if seed is None:
         yield
         return
     import torch
 
     with _torch_fork():
-        # `torch.manual_seed` notes the whole call stack, which a small step would feel.
+        # `torch.manual_seed` records the whole call stack, which would slow a small step.
         manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
         manual_seed(int(seed.state.value.sum()))
-        seed.state.value[1] += 1  # As `seed.next()`, which takes several small operations.
+        seed.state.value[1] += 1  # As `seed.next()` does, with fewer operations.
         yield
 
 
@@ -69,7 +72,7 @@ def save(store, model, seed):
 
 
 def load(store, model, seed):
-    """Puts back what `save` wrote; with a warning leaves all as it is if the model has other generators."""
+    """Puts back what `save` wrote. If the model has other generators, it warns and leaves all as it is."""
     names = list(store.keys())
     saved = [name for name in names if name.startswith("seed_")]
     generators = states(model)
@@ -87,6 +90,6 @@ def load(store, model, seed):
 
 
 def states(model):
-    """The variables of the model's `SeedGenerator`s: what `variables` has over `weights`."""
+    """The variables of the model's `SeedGenerator`s: those in `variables` that are not in `weights`."""
     weights = {id(variable) for variable in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]

@@ -6,7 +6,7 @@ masks of their own, and every row of the batch counts the same, as on one device
 `keras.distribution` runs one program over the whole batch, and there is nothing to do.
 
 Comes in: a step on this replica's part of the batch, and its losses. Goes out: masks of its own, and losses weighted by
-rows. Called by: `WrapperModel.train_step`, the loss and α.
+rows. Called by: the steps and the call of `WrapperModel`, `tf_trainer`, the losses, α and `RDropModel.compute_loss`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from keras import ops, tree
 
 from rdrop_keras.wrapper import random_state, step
 
-# Added r times to the seeds of the r-th replica. It is large, so that they do not meet the seeds of other layers.
+# Added r times to the seeds of replica r. It is large, so that seeds do not meet those of other layers.
 _SEED_STRIDE = 1_640_531_527
 
 
@@ -29,16 +29,16 @@ def own_masks(model):
 def row_scale(inputs):
     """The rows of `inputs`, this replica's part of the batch, as a multiple of the mean over replicas.
 
-    None if all replicas have as many, and on a single replica.
+    None on a single replica, and if all replicas have the same number of rows.
     """
     context = _replica_context()
     return None if context is None else _row_scale(context, inputs)
 
 
 def scaled_gradient(loss):
-    """`loss`, a mean over this replica's rows, with the gradient that it has as part of the mean over all rows.
+    """`loss`, a mean over this replica's rows, with the gradient of its part in the mean over all rows.
 
-    Its value stays the same, since Keras weights by rows what it logs.
+    Its value stays the same, since Keras weights logs by rows.
     """
     scale = _current_row_scale()
     if scale is None:
@@ -48,15 +48,15 @@ def scaled_gradient(loss):
 
 
 def scaled_value(value):
-    """`value`, a mean over this replica's rows, scaled such that its mean over replicas is the mean over all rows."""
+    """`value`, a mean over this replica's rows, scaled so that its mean over replicas is the mean over all rows."""
     scale = _current_row_scale()
     return value if scale is None else ops.cast(scale, value.dtype) * value
 
 
 def after(tensor):
-    """Within it, what is assigned in a program of TensorFlow waits for `tensor`.
+    """Within it, assignments in a program of TensorFlow wait for `tensor`.
 
-    Otherwise a variable that does not depend on the data counts a step whose data fail.
+    Otherwise a variable that does not depend on the data would count a step whose data fail.
     """
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
@@ -81,7 +81,7 @@ def total(value):
 
 
 def _current_row_scale():
-    """The replica's rows in the current step, as a multiple of the mean over replicas; None if all have as many."""
+    """The `row_scale` of the replica in the current step; None if all replicas have the same number of rows."""
     current = step.current()
     return None if current is None else current.row_scale
 
@@ -116,7 +116,7 @@ def _row_scale(context, inputs):
 
 @contextlib.contextmanager
 def _own_masks(model, context):
-    """Within it, the random generators of `model` are the replica's own. Afterwards they are the same on all."""
+    """Within it, the random generators of `model` are the replica's own. Afterwards all replicas have the same."""
     states = random_state.states(model)
     shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
     for state, shift in zip(states, shifts):

@@ -1,10 +1,12 @@
-"""The current training step, for code that Keras calls in the middle of it without telling it our state.
+"""The current training step, for code that Keras calls in the middle of a step without arguments for our state.
 
-Comes in: the number of passes, from `WrapperModel`. Goes out: a `Step`, to the model's call, the loss and the replicas.
-Three context variables hold all such state in the package. They are not attributes of the model, since
-`MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step:
+Comes in: the number of passes, from `WrapperModel`. Goes out: a `Step`. Called by: `WrapperModel`, `RDropModel`, the
+loss, the metrics and `replicas`.
 
-- `_current`, here: Keras calls `Model.call` and the loss by itself.
+Three context variables in the package hold such state. They are not attributes of the model, since `MirroredStrategy`
+traces its replicas in threads that take turns, each in the middle of its own step:
+
+- `_current`, here: Keras calls `Model.call`, the loss and the metrics by itself.
 - `output_loss._reading`: Keras calls the loss of each output by itself.
 - `tf_trainer._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
 """
@@ -25,9 +27,9 @@ class Step:
     Attributes:
         num_passes: How often the rows of the batch stand in the outputs of the model.
         called: Whether the model has been called.
-        loss_made: Whether the loss has been computed. If a step computes it again, the first is what is logged.
-        row_scale: The replica's rows as a multiple of the mean over replicas; None if all have as many.
-        kept: What the first loss of the step keeps for another.
+        loss_made: Whether the loss has been computed. If a step computes it again, only the first is logged.
+        row_scale: The replica's number of rows as a multiple of the mean over replicas; None if all have the same.
+        kept: What the first loss of the step keeps for further losses in it.
     """
 
     num_passes: int = 1

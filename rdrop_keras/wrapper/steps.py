@@ -1,4 +1,4 @@
-"""Training steps of a wrapper: whichever `train_step` its class has, and those of loops of one's own.
+"""Training steps of a wrapper, with whichever `train_step` its class has, or in a loop of one's own.
 
 Comes in: Keras's calls of `train_step`, or a loop around `training_step`. Goes out: the same within a `step.Step`, with
 random states, replicas and the count of steps taken care of. Called by: Keras, and users.
@@ -19,11 +19,11 @@ from rdrop_keras.wrapper.tf_trainer import TFTrainerFixes
 
 
 def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`train_step`, a method of a `WrapperModel`, as a step of that wrapper: Keras's own, or one that overrides it."""
+    """`train_step`, a method of a `WrapperModel`, as a step of that wrapper. It is Keras's own or an override."""
 
     @functools.wraps(train_step)
     def step_of_wrapper(self, *args):
-        if step.current() is not None:  # `super().train_step` in an override.
+        if step.current() is not None:  # An override has called `super().train_step`.
             return train_step(self, *args)
         if self._as_is:
             with step.training():
@@ -37,7 +37,7 @@ def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TrainingSteps(ModelAttributes, TFTrainerFixes):
-    """A wrapper whose steps are its own whatever `train_step` a subclass has."""
+    """A wrapper whose steps are its own, whatever `train_step` a subclass has."""
 
     train_function: Any
     _as_is: bool  # Trains just as Keras does.
@@ -52,7 +52,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
             setattr(cls, "train_step", _step_of_wrapper(cls.train_step))  # noqa: B010 (a method, for type checkers)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train_step":  # As a subclass's.
+        if name == "train_step":  # It is treated as one in a subclass.
             given = value
             value = types.MethodType(_step_of_wrapper(lambda self, *args: given(*args)), self)
         super().__setattr__(name, value)
@@ -60,15 +60,15 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
     # What subclasses override.
     @property
     def passes_of_steps(self) -> tuple[int, ...]:
-        """What `passes_of_step` may return; each has a program of its own."""
+        """All numbers that `passes_of_step` may return. Each has a program of its own."""
         return (1,)
 
     def described_steps(self) -> str:
-        """What makes steps differ in their passes, for messages."""
+        """The reason why steps differ in their number of passes, for messages."""
         return f"steps of {' and '.join(map(str, self.passes_of_steps))} passes"
 
     def check_steps_per_execution(self) -> None:
-        """Raises if steps differ in their passes and executions are of several steps."""
+        """Raises if steps differ in their number of passes and an execution has several steps."""
         if len(self.passes_of_steps) > 1 and self.steps_per_execution > 1:
             raise ValueError(
                 "Where the number of passes differs from step to step, `steps_per_execution` must be 1: each number is "
@@ -77,7 +77,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
             )
 
     def passes_of_step(self, number: int) -> int:
-        """How often the rows of the batch stand in the outputs of the step of that number."""
+        """How often the rows of the batch stand in the outputs of the step with that number."""
         return self.passes_of_steps[0]
 
     @property
@@ -86,7 +86,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         return ()
 
     def check_step(self, made: step.Step, error: Exception | None) -> None:
-        """Raises if the step `made` was none of the subclass's; `error` is what it ended with."""
+        """Raises if the step `made` was not made as the subclass needs it. `error` is what ended it, or None."""
 
     # Keras's trainers, and loops of one's own.
     def train_step(self, *args: Any) -> Any:
@@ -99,18 +99,18 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         """Within it, a loop of one's own makes a training step of this wrapper.
 
         There `model(x, training=True)` returns the rows of all passes, and `model.compute_loss(x, y, outputs,
-        sample_weight)` is the loss that `fit` minimizes. The model must be compiled with a loss; optimizer and metrics
-        are the loop's own affair. At its end the step is counted. Under `tf.distribute` it belongs into the function
-        that `strategy.run` calls.
+        sample_weight)` returns the loss that `fit` minimizes. The model must be compiled with a loss. The loop takes
+        care of optimizer and metrics itself. The step is counted when the context ends. Under `tf.distribute` the
+        context belongs into the function that `strategy.run` calls.
 
         Yields:
-            The number of passes of the step. A function that is compiled, by `tf.function` or `jax.jit`, needs it as
-            an argument that is static if steps of this model differ in it.
+            The number of passes of the step. If steps of this model differ in it, a function that is compiled by
+            `tf.function` or `jax.jit` needs it as a static argument.
 
         Raises:
-            RuntimeError: If the model is not compiled with a loss; if it is called on a replica of `tf.distribute` and
-                the step was begun outside; if the step is begun in a `tf.function`, whose steps cannot be counted, and
-                steps differ in their passes.
+            RuntimeError: If the model is not compiled with a loss; if the model is called on a replica of
+                `tf.distribute` in a step that was begun outside; if steps differ in their number of passes and one is
+                begun in a `tf.function`, where steps cannot be counted.
         """
         if self._compile_loss is None:
             raise RuntimeError(
@@ -133,7 +133,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
 
     @contextlib.contextmanager
     def _in_step(self, num_passes):
-        """Within it, this wrapper makes a step of so many passes."""
+        """Within it, this wrapper makes a step with so many passes."""
         of_replica = replicas.own_masks(self.model)
         with step.training(num_passes) as made, random_state.drawing_from(self._torch_seed), of_replica:
             try:
@@ -146,8 +146,8 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
     def _with_own_state(self, train_step, state, data):
         """`train_step(self, state, data)` on JAX, where variables of the wrapper are part of the state.
 
-        Keras's own step hands them to the loss. A step of a subclass often computes the loss without them; what they
-        are then given belongs into the state that it returns.
+        Keras's own step hands them to the loss. A step of a subclass often computes the loss without them. What is then
+        assigned to them belongs into the state that the step returns.
         """
         own = [*keras_private.own_variables(self), *(v for metric in self.training_metrics for v in metric.variables)]
         own = {id(variable) for variable in own}
@@ -184,7 +184,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         given = self.train_step
         functions = {}
         for num_passes in self.passes_of_steps:
-            # A function of its own each time: JAX would take the program of an equal one from its cache.
+            # Each number needs a function of its own. JAX would take the program of an equal one from its cache.
             self.__dict__["train_step"] = lambda *args: given(*args)
             try:
                 super().make_train_function(force=True)

@@ -1,13 +1,15 @@
 """What Keras's trainer for TensorFlow does not do yet. Once Keras does it, `TFTrainerFixes` and this file can go.
 
-Comes in: the calls that the trainer makes of itself. Goes out: the same, mended. Called by: Keras, through
-`WrapperModel`. On other backends the trainer makes none of these calls, except for added losses, which stay as they are
-there. All is private to Keras and was read in 3.14.0 and 3.15.1, which need all of it:
+Comes in: the calls that the trainer makes of its own methods. Goes out: the same calls, mended. Called by: Keras,
+through `WrapperModel`. On other backends trainers make only the call for added losses, which then stay as they are.
 
-- Under `MultiWorkerMirroredStrategy` nothing trains, a plain `keras.Model` neither (keras-team/keras#20585, open). To
-  build what is not built, Keras reads a batch and averages it over replicas; those of other processes, and parts of
-  unequal size under any strategy, cannot be averaged. Then it averages the logs of a step along axis 0, and scalars
-  have no axis 0 (`_maybe_symbolic_build` and `reduce_per_replica` in `keras/src/backend/tensorflow/trainer.py`).
+All is private to Keras. It was read in 3.14.0 and 3.15.1, and both need all of it:
+
+- Under `MultiWorkerMirroredStrategy` nothing trains, not even a plain `keras.Model` (keras-team/keras#20585, open). To
+  build what is not built, Keras reads a batch and averages it over replicas. It cannot average over the replicas of
+  other processes, nor over parts of unequal size under any strategy. Then it averages the logs of a step along axis 0,
+  and scalars have no axis 0 (`_maybe_symbolic_build` and `reduce_per_replica` in
+  `keras/src/backend/tensorflow/trainer.py`).
 - Added losses and regularizers of all replicas count alike, however few rows a replica has
   (`scale_loss_for_distribution` in `keras/src/losses/loss.py`, made for keras-team/keras#19891).
 - Each program of training is traced twice, since its first trace makes the variables of the optimizer
@@ -40,7 +42,7 @@ class TFTrainerFixes(keras.Model):
         if keras_private.strategy_of(self) is not None:
             super()._maybe_symbolic_build(data_batch=specification())
         elif keras_private.is_built(self) and not self.run_eagerly:
-            # What fails here is left to the trace of the first step, which tells why.
+            # If this fails, the trace of the first step fails too, and tells why.
             with contextlib.suppress(Exception):
                 if keras_private.has_metrics(self):
                     self._symbolic_build(data_batch=specification())
@@ -57,24 +59,24 @@ class TFTrainerFixes(keras.Model):
 
 
 def _batch_specification(epoch_iterator):
-    """The shapes and types of one replica's part of a batch from Keras's epoch iterator, its number of rows unknown."""
+    """The shapes and types of one replica's part of a batch, with an unknown number of rows, from Keras's iterator."""
     import tensorflow as tf
 
     def of_replica(spec):
         spec = getattr(spec, "_value_specs", [spec])[0]  # Those of a `PerReplicaSpec`.
-        if getattr(spec, "shape", None) is None:  # None, or a `tf.experimental.Optional` of it.
+        if getattr(spec, "shape", None) is None:  # `spec` is None, or a `tf.experimental.Optional` of it.
             return None
         return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
 
     return tree.map_structure(of_replica, epoch_iterator._distributed_dataset.element_spec)
 
 
-# Keras asks the model for its strategy in many places. In a function of steps it is to get another.
+# Keras asks the model for its strategy in many places. In a function of steps it has to get another one.
 _in_step_function = contextvars.ContextVar("rdrop_keras_in_step_function", default=False)
 
 
 class _LocalLogs:
-    """`strategy`, except that `run` returns the results of the first local replica in place of all.
+    """`strategy`, except that `run` returns the results of the first local replica in place of all results.
 
     That needs no communication. The logs of an epoch are the metrics over all replicas in any case.
     """
@@ -91,7 +93,7 @@ class _LocalLogs:
 
 
 def _with_local_logs(function, strategy):
-    """`function`, one of Keras's for training or evaluation, with logs from the first local replica."""
+    """Keras's `function` for training or evaluation, with logs from the first local replica."""
     if strategy is None or not _is_multi_worker(strategy) or not _averages_scalars_along_an_axis():
         return function
 

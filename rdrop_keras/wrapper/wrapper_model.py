@@ -1,7 +1,7 @@
-"""A Keras model that trains another one in a way of its own, and is that other one in everything else.
+"""A Keras model that trains another model in its own way, and is that other model in everything else.
 
-Comes in: a `keras.Model`, and the calls of Keras's trainers. Goes out: training steps for a subclass to fill. Called
-by: Keras, through `model.RDropModel`.
+Comes in: a `keras.Model`, and the calls of users and of Keras's trainers. Goes out: training steps for a subclass to
+fill. Called by: users and Keras, through `model.RDropModel`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from rdrop_keras.wrapper import formats, preprocessing, random_state, replicas, 
 from rdrop_keras.wrapper.files import SavedWrapper
 from rdrop_keras.wrapper.steps import TrainingSteps
 
-# What `keras.Model` does in training and the wrapper does in the model's place.
+# Methods of the model that the wrapper replaces by its own, and so never calls.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
 
 # What needs no compiled loss.
@@ -32,21 +32,21 @@ def _as_documented(method: Any) -> Callable[[MethodT], MethodT]:
 
 
 class WrapperModel(TrainingSteps, SavedWrapper):
-    """Trains `model`, found again as `.model`; in all but training it is that model.
+    """Trains `model`, which is found again as `.model`. In everything but training it is that model.
 
-    What a subclass may override, all of it about training alone:
+    A subclass may override these, which concern training alone:
 
     - `passes_of_step(number)` and `passes_of_steps`: how often the rows of the batch stand in the outputs of a step;
     - `call_in_training(inputs, training)`: the outputs that the loss and the metrics get;
     - `make_loss(loss, loss_weights)` and `make_metrics(metrics, weighted_metrics)`: what takes the place of Keras's
       compiled loss and metrics;
     - `training_metrics`: metrics that `evaluate` does not report;
-    - `check_step(made, error)` and `after_fit(history)`;
+    - `check_step(made, error)` and `after_fit(history)`: called at the end of a step and of `fit`;
     - `save_own_variables` and `load_own_variables`, `get_config` and `from_config`, `fixed`: extend these where the
       subclass has state or arguments of its own.
 
-    A step is one of the wrapper's whatever `train_step` a subclass has. A KerasHub task takes raw inputs as it does by
-    itself. Files are replaced when the new one is whole, and hold the states of random generators. Replicas of
+    A step is one of the wrapper's, whatever `train_step` a subclass has. A KerasHub task takes raw inputs as it does by
+    itself. A file is replaced only by a whole new one, and holds the states of random generators. Replicas of
     `tf.distribute` draw random numbers of their own, and their rows count alike.
 
     Args:
@@ -79,7 +79,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
 
     def __init__(self, model: keras.Model, name: str | None = None, as_is: bool = False) -> None:
         _check_model(model, type(self).__name__)
-        # The model's own policy, for loss scaling; inputs are left to the model to cast.
+        # The model's own policy, for loss scaling. The model itself casts the inputs.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         _check_strategy(model, self)
         self.model = model
@@ -90,7 +90,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         self._num_steps = 0  # Steps made. No variable: it decides which program runs.
         self._has_begun_step = False  # By `training_step`, in whatever thread.
         self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
-        # As it is, a model draws nothing that it would not draw alone.
+        # With `as_is`, a model draws nothing that it would not draw alone.
         self._torch_seed = None if as_is else random_state.torch_seed()
         keras_private.take_training_argument_as(self, model)
 
@@ -110,7 +110,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
     def after_fit(self, history: keras.callbacks.History) -> None:
         """Is called at the end of each `fit`."""
 
-    # The model's call, and what trainers ask for around it.
+    # The model's call, and the metrics.
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         current = step.current()
         if current is None:
@@ -145,7 +145,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Configures training; see `keras.Model.compile`, whose arguments it takes."""
+        """Configures training. It takes the arguments of `keras.Model.compile`."""
         made = None if self._as_is else self.make_loss(loss, loss_weights)
         super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, *args, **kwargs)
         try:
@@ -161,8 +161,8 @@ class WrapperModel(TrainingSteps, SavedWrapper):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables.
 
-        If it needs a class that Keras cannot find, a model with a `compile` of its own, as KerasHub's tasks have, is
-        loaded all the same: with a warning, and not compiled.
+        Keras may not find a class that this needs. A model with a `compile` of its own, as KerasHub's tasks have, is
+        then loaded all the same, but not compiled, and a warning says so.
         """
         try:
             arguments = keras.saving.deserialize_keras_object(config)
@@ -209,7 +209,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         return self._with_data("predict_on_batch", args, kwargs)
 
     def _with_data(self, method, args, kwargs, evaluation=False):
-        """Calls `keras.Model`'s method; while `evaluation`, the logs are those of the wrapped model."""
+        """Calls `keras.Model`'s method. In an `evaluation` the logs are those of the wrapped model."""
         cls = type(self).__name__
         if self.model.compiled and not self.compiled and method not in _WITHOUT_LOSS:
             raise ValueError(
@@ -227,7 +227,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
             self._evaluating = before
 
     def _drop_stale_programs(self):
-        """Drops the programs of TensorFlow if the model inside was quantized, which drops its own alone."""
+        """Drops the wrapper's TensorFlow programs if the model inside was quantized, which drops only its own."""
         layers = keras_private.all_layers(self.model)
         quantized = {layer.path: layer.quantization_mode for layer in layers if layer.quantization_mode is not None}
         if quantized != self._quantized:
@@ -243,7 +243,7 @@ def unwrapped(model):
 
 
 def check_unwrapped(model):
-    """Raises if `model` is no `keras.Model`, or is or holds a wrapper."""
+    """Raises if `model` is no `keras.Model`, or if it is or holds a wrapper."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
     inner = next((layer for layer in keras_private.all_layers(model) if isinstance(layer, WrapperModel)), None)
