@@ -1,4 +1,4 @@
-"""The paired graph: a model that computes once what its passes have in common.
+"""The paired graph: a model as a list of calls, which computes once what its passes have in common.
 
     x (N) → deterministic layers (N) → tile → random layers and all that follows (mN) → P_1 … P_m
 
