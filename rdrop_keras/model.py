@@ -62,9 +62,9 @@ class RDropModel(WrapperModel):
     shapes show that rows are not independent, such as for similarities of each row with each, and where a layer is
     known to draw one number for the whole batch. That is exact, but not as fast. `rdrop_keras.sharing` tells whether it
     is so. A layer of your own may mix rows without a trace in its shapes, or draw once for all of them. Then declare
-    `rdrop_mixes_rows = True` on the layer, its class or the model. `fit` warns if a whole epoch's consistency loss was
-    0. Augmentation layers inside the model are random layers like others. Each pass gets a view of its own, unless
-    `share` names the last of them.
+    `rdrop_mixes_rows = True` on the layer, its class or the model. `fit` warns if the consistency
+    loss of a whole epoch was 0. Augmentation layers inside the model are random layers like others. Each pass gets a
+    view of its own, unless `share` names the last of them.
 
     Args:
         model: The `keras.Model` to train: Sequential, Functional, subclassed, or a KerasHub task. `fit`, `evaluate` and

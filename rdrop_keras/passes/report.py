@@ -71,9 +71,9 @@ def sharing(model: keras.Model, share: str = "deterministic") -> Sharing:
 
     Layers before the first that is random in training give every pass the same values, so `RDropModel` runs them once
     per step. A layer counts as random if it is random or may be. Layers that may be random are subclassed models,
-    `Lambda`, activations of your own, layers from outside Keras and KerasHub that do not set `rdrop_stochastic =
-    False`, and layers that keep a state, except normalization and recurrent layers. A layer also runs for every pass if
-    axis 0 of its output is not the batch. `.summary` tells whether the passes run one after another, and why.
+    `Lambda`, activations of your own, layers that keep a state (except normalization and recurrent layers), and layers
+    from outside Keras and KerasHub that do not set `rdrop_stochastic = False`. A layer also runs for every pass if axis
+    0 of its output is not the batch. `.summary` tells whether the passes run one after another, and why.
 
     Args:
         model: A built `keras.Model`, or an `RDropModel` around one.
