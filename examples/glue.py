@@ -116,6 +116,8 @@ print(f"Accuracy {accuracy:.3f} and F1 {f1:.3f} on {len(labels)} rows.")
 # %%
 classifier.save("classifier.keras")
 loaded = keras.models.load_model("classifier.keras", compile=False)
+if keras.backend.backend() == "jax":
+    keras.distribution.set_distribution(None)  # Several devices cannot share a few rows.
 pair = ["The company said profits rose by a third."], ["Profits are up 33 percent, the company said."]
 print("Class by the model:", classifier.predict(pair, verbose=0).argmax(), end=", ")
 print("by the loaded one:", loaded.predict(pair, verbose=0).argmax())

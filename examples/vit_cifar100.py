@@ -115,6 +115,8 @@ print(f"{len(list(test.unbatch()))} test images: loss {loss:.3f}, accuracy {accu
 # %%
 classifier.save("classifier.keras")
 loaded = keras.models.load_model("classifier.keras", compile=False)
+if keras.backend.backend() == "jax":
+    keras.distribution.set_distribution(None)  # Several devices cannot share a few rows.
 images, labels = next(iter(test))
 print("Three images are:            ", *(names[label] for label in labels[:3]))
 print("They are to the model:       ", *(names[i] for i in classifier.predict(images[:3], verbose=0).argmax(axis=-1)))
