@@ -142,6 +142,8 @@ history = model.fit(train, validation_data=validation, epochs=EPOCHS, callbacks=
 # each time. `keras_hub.samplers.BeamSampler(5)` looks further ahead.
 
 # %%
+if keras.backend.backend() == "jax":
+    keras.distribution.set_distribution(None)  # Several devices cannot share a few rows.
 translator.preprocessor = preprocessor
 translator.compile(sampler="greedy")
 sources, references = zip(*[(source.decode(), target.decode()) for source, target in test.as_numpy_iterator()])
