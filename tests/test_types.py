@@ -22,6 +22,7 @@ PUBLIC = [
     report.Sharing,
     WrapperModel,
 ]
+PACKAGE = str(pathlib.Path(rdrop_keras.__file__).parent)
 
 
 def functions(public):
@@ -30,7 +31,7 @@ def functions(public):
         yield public.__name__, public
     for name, value in vars(public).items() if inspect.isclass(public) else ():
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        written = inspect.isfunction(value) and value.__code__.co_filename != "<string>"  # Not by `dataclass`.
+        written = inspect.isfunction(value) and value.__code__.co_filename.startswith(PACKAGE)  # Not by `dataclass`.
         if written and (not name.startswith("_") or name.startswith("__")):
             yield f"{public.__name__}.{name}", value
 
@@ -49,7 +50,7 @@ def test_public_signatures_are_annotated(name, function):
 
 def mypy(*arguments, folder):
     """`(exit status, what mypy printed)`."""
-    package = pathlib.Path(rdrop_keras.__file__).parents[1]
+    package = pathlib.Path(PACKAGE).parent
     installed = package.name == "site-packages"  # Where mypy finds it by itself.
     environment = {**os.environ, "MYPYPATH": "" if installed else str(package)}
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(folder / "cache"), *arguments]
