@@ -20,7 +20,7 @@ def tiny():
     x = np.random.RandomState(0).normal(size=(120, 4)).astype("float32")
     y = (x[:, 0] > 0).astype("int32")
     data = {"train": (x[:30], y[:30]), "validation": (x[30:50], y[30:50]), "test": (x[50:70], y[50:70])}
-    return Task({**data, "unlabelled": x[70:]}, lambda views: mlp(), num_steps=100, num_seeds=2)
+    return Task({**data, "unlabelled": x[70:]}, lambda views: mlp(), num_steps=100)
 
 
 @pytest.mark.slow

@@ -38,9 +38,8 @@ class Task:
     data: dict
     build: Callable  # From `views` to a model that returns logits.
     num_steps: int  # Of R-Drop on all rows.
-    num_seeds: int
     learning_rates: tuple = (1e-3,)  # Of which each kind has its own.
-    further: tuple = ()  # `Setting`s beside the three kinds, with as many seeds.
+    further: tuple = ()  # `Setting`s beside the three kinds.
 
 
 # ## Tasks
@@ -68,7 +67,6 @@ def digits(args):
         data,
         build,
         num_steps=1000,
-        num_seeds=3,
         learning_rates=(1e-3, 3e-3),
         further=(*longer, *others, *without_views),
     )
@@ -84,7 +82,7 @@ def cifar10(args):
 
     data = {"train": (x[:500], y[:500]), "validation": (x[-500:], y[-500:]), "test": (x_test[test], y_test[test])}
     build = functools.partial(convolutional, (16, 16, 3), augment, (16, 32, 64), 0.2)
-    return Task({**data, "unlabelled": x[500:-500]}, build, num_steps=1500, num_seeds=2)
+    return Task({**data, "unlabelled": x[500:-500]}, build, num_steps=1500)
 
 
 def sst2(args):
@@ -112,7 +110,7 @@ def sst2(args):
         return keras.Model(inputs, layers.Dense(2)(layers.Dropout(0.2)(x)))
 
     x, y = data["train"]
-    return Task({**data, "train": (x[:100], y[:100]), "unlabelled": x[100:]}, build, num_steps=600, num_seeds=3)
+    return Task({**data, "train": (x[:100], y[:100]), "unlabelled": x[100:]}, build, num_steps=600)
 
 
 TASKS = {"digits": digits, "sst2": sst2, "cifar10": cifar10}
