@@ -96,7 +96,7 @@ def run(task, model, setting, num_steps, learning_rate, seed):
     for variable, new in zip(model.model.variables, task.build(setting.views).variables, strict=True):
         variable.assign(new)
     for variable in model.optimizer.variables:
-        variable.assign(ops.zeros_like(variable))
+        variable.assign(ops.zeros(variable.shape, variable.dtype))
     if setting.kind != PLAIN:
         model.alpha = setting.alpha
     steps = max(1, round(num_steps / EPOCHS / STEPS_PER_EXECUTION)) * STEPS_PER_EXECUTION
