@@ -98,7 +98,7 @@ for kind, epochs in EPOCHS.items():
         keras.utils.set_random_seed(seed)
         model.set_weights(build_model().get_weights())
         for variable in optimizer.variables:
-            variable.assign(keras.ops.zeros_like(variable))
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
         callbacks = [rdrop_keras.plot.Clock()]
         histories[kind].append(model.fit(x_train, y_train, epochs=epochs, callbacks=callbacks, **options))
         scores.append(model.evaluate(x_test, y_test, batch_size=400, verbose=0))  # The model alone, without dropout.
