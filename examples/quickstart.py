@@ -30,6 +30,7 @@ NUM_TRAIN = 50
 PASSES_AN_EPOCH = 20  # How often each epoch goes through the training images.
 BATCH_SIZE = 25
 WIDTH = 32
+STEPS_PER_EXECUTION = 1 if keras.backend.backend() == "torch" else 10  # PyTorch makes them one by one.
 
 # %% [markdown]
 # α, dropout and the learning rates were chosen for each kind of training by its validation loss, with other seeds than
@@ -90,7 +91,7 @@ for kind, epochs in EPOCHS.items():
     num_steps = epochs * len(x_train) // BATCH_SIZE
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(LEARNING_RATES[kind], num_steps))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=10)
+    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=STEPS_PER_EXECUTION)
     model.fit(x_train, y_train, **options)
 
     histories[kind], scores = [], []
