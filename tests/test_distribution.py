@@ -127,7 +127,7 @@ def test_mirrored_budget_of_sums(reductions):
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert runs[0][0] != runs[0][1]
     for a, b in zip(distributed.get_weights(), single.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # The gradients are sums over rows.
 
 
 @pytest.mark.backends("tensorflow")

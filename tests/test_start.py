@@ -208,8 +208,9 @@ def test_on_tensorflow(options):
         results.append(model)
     for a, b in zip(*(model.weights for model in results)):
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4, atol=1e-6)
-    history = model.fit(X, Y, batch_size=8, epochs=2, verbose=0).history
-    assert history["consistency_loss"][1] > 0
+    with pytest.warns(UserWarning, match="The passes of R-Drop did not differ"):  # Such is the dropout here.
+        history = model.fit(X, Y, batch_size=8, epochs=2, verbose=0).history
+    assert history["consistency_loss"][1] == 0  # That of plain steps is NaN.
 
 
 @pytest.mark.backends("jax")
