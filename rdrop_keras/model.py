@@ -37,7 +37,7 @@ class RDropModel(WrapperModel):
     masked and reduced in the same way. So α means the same for any batch size, sequence length, padding, number of
     classes, reduction or number of replicas. With several outputs, each adds its divergence times its entry in
     `loss_weights`. Weight regularizers, and what layers give to `add_loss`, are added once. A layer of your own should
-    give `add_loss` a mean over the batch, since it sees the rows of all passes.
+    give `add_loss` a mean over the batch or a value for each row, since it sees the rows of all passes.
 
     In everything but training, an `RDropModel` is the wrapped model. `evaluate`, `predict`, `export` and calls make one
     pass, with dropout off, and `val_loss` is the compiled loss alone. `layers`, `inputs`, `get_layer`, `generate` and

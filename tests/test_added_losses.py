@@ -139,3 +139,26 @@ def test_activity_regularizer_of_the_whole_model():
     for share in ("deterministic", "nothing"):
         Passes(model, share)(ops.convert_to_tensor(X), 2, True)
         assert [float(loss) for loss in model.losses] == pytest.approx([3.0])
+
+
+class AddsRows(layers.Layer):
+    """Adds the values of the rows and their sum over two columns, as endpoint layers do that hold a loss."""
+
+    rdrop_stochastic = False
+
+    def call(self, x):
+        self.add_loss([ops.mean(x, axis=-1), x[:, :2]])
+        return x
+
+
+@pytest.mark.parametrize("noise_shape", [None, (1, 6)], ids=["together", "one after another"])
+def test_a_value_for_each_row_counts_once(noise_shape):
+    """Keras adds up what is no scalar: 8 rows of 3 and 8 · 2 of 3 before dropout, where they run once, and of 1."""
+    sources = [layers.Rescaling(0.0, offset=3.0), AddsRows(), layers.Dropout(0.5, noise_shape=noise_shape)]
+    ones = layers.Dense(6, kernel_initializer="zeros", bias_initializer="ones")
+    model = RDropModel(keras.Sequential([keras.Input((6,)), *sources, ones, AddsRows()]), divergence="mse")
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    with pytest.warns(UserWarning, match="not differ"):
+        logs = model.fit(X, np.ones((N, 6)), batch_size=N, verbose=0).history
+    assert logs["task_loss"][0] == pytest.approx(0, abs=1e-6)
+    assert logs["loss"][0] == pytest.approx(8 * 3 + 16 * 3 + 8 * 1 + 16 * 1, rel=1e-5)

@@ -155,3 +155,39 @@ def test_saved_model_has_the_signature_of_the_model(tmp_path):
     (served,) = loaded.signatures["serving_default"](inputs=tf.constant(X)).values()
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
     assert tf.lite.TFLiteConverter.from_saved_model(str(tmp_path)).convert()
+
+
+@pytest.mark.parametrize("make", [functional, lambda: keras.Sequential([keras.Input((None, 4)), layers.Dropout(0.3)])])
+def test_output_shape_is_that_of_the_model(make):
+    model = make()
+    shape = (7, *model.input_shape[1:])
+    wrapper = RDropModel(model)
+    assert wrapper.compute_output_shape(shape) == model.compute_output_shape(shape)
+    assert keras.Sequential([wrapper, layers.Softmax()]).compute_output_shape(shape)[0] == 7
+
+
+def test_a_part_of_another_model_of_any_length():
+    """JAX would run the convolution on an unknown length, and cannot tell whether that is above 2."""
+    inner = [layers.Dropout(0.3), layers.Conv1D(2, 3), layers.GlobalMaxPooling1D()]
+    wrapper = RDropModel(keras.Sequential([keras.Input((None, 4)), *inner]))
+    inputs = keras.Input((None, 5, 4))
+    outer = keras.Model(inputs, layers.TimeDistributed(wrapper)(inputs))
+    x = np.random.RandomState(0).normal(size=(2, 3, 5, 4)).astype("float32")
+    expected = keras.ops.convert_to_numpy(wrapper.model(x.reshape(6, 5, 4))).reshape(2, 3, 2)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(outer(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+class WithHead(RDropModel):
+    def __init__(self, model, **kwargs):
+        super().__init__(model, **kwargs)
+        self.head = layers.Dense(2)
+        self.head.build((None, 3))
+
+
+def test_layers_of_a_subclass_have_weights():
+    """`EarlyStopping(restore_best_weights=True)` gets and sets them."""
+    wrapper = WithHead(functional())
+    assert [w.path for w in wrapper.weights] == [w.path for w in [*wrapper.model.weights, *wrapper.head.weights]]
+    zeros = [np.zeros(w.shape, w.dtype) for w in wrapper.weights]
+    wrapper.set_weights(zeros)
+    assert not keras.ops.convert_to_numpy(wrapper.head.kernel).any()

@@ -423,3 +423,34 @@ def test_outputs_of_the_model_inside_are_an_error():
     message = r"must come from `self\(x, training=True\)`, which makes all passes"
     with pytest.raises(ValueError, match=message), model.training_step():
         model.compute_loss(X, Y, model.model(X, training=True))
+
+
+def test_inference_in_a_step_is_that_of_the_model():
+    """AdaMatch and virtual adversarial training call the model both ways."""
+    model = RDropModel(inner())
+    model.compile("sgd", LOSS)
+    with model.training_step():
+        clean, passes = model(X, training=False), model(X, training=True)
+        model.compute_loss(X, ops.convert_to_tensor(Y), passes)
+    np.testing.assert_allclose(ops.convert_to_numpy(clean), model.model.predict(X, verbose=0), rtol=1e-6)
+    assert clean.shape == (24, 3) and passes.shape == (48, 3)
+
+
+def test_a_call_that_leaves_dropout_off_is_an_error():
+    model = RDropModel(inner())
+    model.compile("sgd", LOSS)
+    with (
+        pytest.raises(ValueError, match=r"in training mode, `self\(x, training=True\)`.* Received: training=None"),
+        model.training_step(),
+    ):
+        model(X)
+
+
+def test_the_step_of_a_mixin_is_a_step_of_rdrop():
+    written = {**vars(Guide), "train_step": Guide.train_step.__wrapped__}
+    mixin = type("Mixin", (), {name: value for name, value in written.items() if not name.startswith("__")})
+    _, history, weights = logs_and_weights(type("Mixed", (mixin, RDropModel), {}))
+    _, expected, expected_weights = logs_and_weights(Guide)
+    assert min(history["consistency_loss"]) > 0
+    assert history["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert_same_weights(weights, expected_weights)

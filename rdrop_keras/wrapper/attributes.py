@@ -92,12 +92,22 @@ class ModelAttributes(keras.Model):
 
     @property
     def weights(self) -> list[Any]:
-        # The wrapper's own variables are state for Keras's programs, as random states are. They are no weights.
-        return self.model.weights
+        # The wrapper's own variables are state for Keras's programs, as random states are. They are no weights. A
+        # subclass may have layers beside the model.
+        layers = [self.model, *(layer for layer in keras_private.children(self) if layer is not self.model)]
+        return list({id(weight): weight for layer in layers for weight in layer.weights}.values())
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> keras.Layer:
         """Returns a layer of the wrapped model; see `keras.Model.get_layer`."""
         return self.model.get_layer(name, index)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the shape of the wrapped model's output; see `keras.Layer.compute_output_shape`."""
+        return self.model.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the wrapped model's output for KerasTensors; see `keras.Layer.compute_output_spec`."""
+        return self.model.compute_output_spec(*args, **kwargs)
 
     @keras_private.default
     def build(self, input_shape: Any) -> None:

@@ -27,6 +27,7 @@ class Step:
     Attributes:
         num_passes: How often the rows of the batch stand in the outputs of the model.
         called: Whether the model has been called.
+        num_rows: The number of rows of the batch that it was called on.
         loss_made: Whether the loss has been computed. If a step computes it again, only the first is logged.
         row_scale: The replica's number of rows as a multiple of the mean over replicas; None if all have the same.
         kept: What the first loss of the step keeps for further losses in it.
@@ -34,6 +35,7 @@ class Step:
 
     num_passes: int = 1
     called: bool = False
+    num_rows: Any = None
     loss_made: bool = False
     row_scale: Any = None
     kept: Any = None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from rdrop_keras import keras_private
 from rdrop_keras.wrapper import random_state, replicas, step
@@ -33,6 +34,7 @@ def _step_of_wrapper(train_step: Callable[..., Any]) -> Callable[..., Any]:
                 return self._with_own_state(train_step, *args)
             return train_step(self, *args)
 
+    vars(step_of_wrapper).update(is_of_wrapper=True)
     return step_of_wrapper
 
 
@@ -48,7 +50,7 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "train_step" in vars(cls):
+        if not hasattr(cls.train_step, "is_of_wrapper"):  # It is the class's own, or that of a mixin.
             setattr(cls, "train_step", _step_of_wrapper(cls.train_step))  # noqa: B010 (a method, for type checkers)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -89,6 +91,19 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         """Raises if the step `made` was not made as the subclass needs it. `error` is what ended it, or None."""
 
     # Keras's trainers, and loops of one's own.
+    def _aggregate_additional_loss(self, loss):
+        made = step.current()
+        if made is not None and made.num_passes > 1 and made.called and len(loss.shape) > 0:
+            # A layer that gives `add_loss` a value for each row gives it for those of all passes.
+            of_all_passes = ops.equal(ops.shape(loss)[0], made.num_passes * made.num_rows)
+            loss = ops.where(of_all_passes, ops.divide(loss, made.num_passes), loss)
+        return super()._aggregate_additional_loss(loss)
+
+    def _flatten_metrics_in_order(self, logs):
+        # `train_on_batch` returns a list of what it would return for the model alone.
+        own = [name for metric in self.training_metrics for name in getattr(metric, "names", [metric.name])]
+        return super()._flatten_metrics_in_order({name: log for name, log in logs.items() if name not in own})
+
     def train_step(self, *args: Any) -> Any:
         return super().train_step(*args)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import keras
+from keras import ops, tree
 
 from rdrop_keras import keras_private
 from rdrop_keras.wrapper import formats, preprocessing, random_state, replicas, step
@@ -122,8 +123,16 @@ class WrapperModel(TrainingSteps, SavedWrapper):
             return keras_private.call(self.model, inputs, training)
         if self._as_is:
             return keras_private.call_as_trained(self.model, inputs, training)
+        if training is not None and not training:  # Inference, in the middle of a step of one's own.
+            return keras_private.call(self.model, inputs, training)
+        if training is None and keras_private.takes_training(self):
+            raise ValueError(
+                "A training step must call the model in training mode, `self(x, training=True)`: otherwise dropout is "
+                "off. Received: training=None."
+            )
         if not current.called:
             current.called = True
+            current.num_rows = ops.shape(next(leaf for leaf in tree.flatten(inputs) if leaf is not None))[0]
             current.row_scale = replicas.row_scale(inputs)
         return self.call_in_training(inputs, training)
 
