@@ -50,8 +50,11 @@ def read(logits, axis=-1):
     differences = _each_from_mean([ops.maximum(z, MINUS_INFINITY) for z, _, _ in each])
     differences = [difference - of_row for difference, of_row in zip(differences, partitions)]
     probabilities = [ops.exp(z - most - of_rest) for z, most, of_rest in each]
-    products = [[p * e for p, e in zip(ps, differences)] for ps in (probabilities, _each_from_mean(probabilities))]
-    *mean_differences, total = _sums([*products[0], sum(products[1])], axis)
+    products = [p * e for p, e in zip(probabilities[1:], differences[1:])]
+    covariances = [p * e for p, e in zip(_each_from_mean(probabilities), differences)]
+    *mean_differences, total = _sums([*products, sum(covariances)], axis)
+    # Σ_i e_i = 0, so that Σ_i ⟨P_i e_i⟩ = Σ_i ⟨(P_i − P̄) e_i⟩.
+    mean_differences = [total - sum(mean_differences), *mean_differences]
     divergence = ops.maximum(total, 0.0) / (num_passes - 1)  # Rounding may leave less than 0.
     return divergence, Rows(largest, log_sum, ops.expand_dims(ops.stack(mean_differences), axis))
 
