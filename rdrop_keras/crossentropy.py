@@ -82,7 +82,8 @@ def _at_once(target, num_passes, logits):
     values, rows = _read(target, passes)
 
     def gradients(upstream):
-        return tiling.unstack(_gradients(target, passes, rows, ops.expand_dims(upstream, -1)))
+        gradient = _Gradient(target, rows, ops.expand_dims(upstream, -1), num_passes)
+        return tiling.unstack(target.gradient(gradient, passes))
 
     return values, gradients
 
@@ -114,9 +115,9 @@ def _in_blocks(target, num_passes, logits):
 
         def gradients_of(i):
             part, block = block_of(i)
-            rows = kl.Rows(*ops.split(blocks.rows(kept, i * size, size), 3))
-            upstream_of_block = blocks.rows(upstream, i * size, size)
-            return blocks.compiled(lambda: _gradients(part, block, rows, upstream_of_block))
+            rows, of_block = (blocks.rows(each, i * size, size) for each in (kept, upstream))
+            gradient = _Gradient(part, kl.Rows(*ops.split(rows, 3)), of_block, num_passes)
+            return part.joined(*blocks.compiled(lambda: part.in_parts(gradient, block)))
 
         return ops.reshape(blocks.filled(gradients_of, num_blocks, size, passes), shape)
 
@@ -180,15 +181,23 @@ def _read(target, passes):
     return ops.stack([ops.mean(target.crossentropy(logits, rows), axis=0), divergence]), rows
 
 
-def _gradients(target, passes, rows, upstream):
-    """The gradient with respect to `passes`, `(m, …, classes)`, of the two values times `upstream`, `(2, …, 1)`."""
-    of_target, of_divergence = _per_pass(upstream, passes.shape[0])
-    of_total = target.times_total(of_target)
+class _Gradient:
+    """The gradient with respect to the logits, of the two values times `upstream`, `(2, …, 1)`.
 
-    def of_probabilities(logits):
-        return of_total * kl.probabilities(logits, rows) + of_divergence * kl.gradient(logits, rows)
+    Attributes:
+        of_target: What is subtracted at the targets, times y.
+    """
 
-    return target.gradient(of_target, of_probabilities, passes)
+    def __init__(self, target, rows, upstream, num_passes):
+        self.of_target, self._of_divergence = _per_pass(upstream, num_passes)
+        self._of_total = target.times_total(self.of_target)
+        self._rows = rows
+
+    def of_probabilities(self, logits):
+        """What depends on P_i alone, for logits of shape `(m, …)` and of any classes."""
+        logits = _wide(logits)
+        of_crossentropy = self._of_total * kl.probabilities(logits, self._rows)
+        return of_crossentropy + self._of_divergence * kl.gradient(logits, self._rows)
 
 
 def _per_pass(upstream, num_passes):
@@ -234,21 +243,35 @@ class _Classes:
             return values
         return ops.where(ops.stack([self._counts, ops.ones_like(self._counts)]), values, ops.zeros_like(values))
 
-    def gradient(self, amount, of_probabilities, passes):
-        """`of_probabilities(passes)`, which is elementwise, less `amount` at the target, in the type of `passes`."""
+    def gradient(self, gradient, passes):
+        """The `gradient`, for logits `passes` of shape `(m, …, classes)` and in their type."""
         if keras.backend.backend() == "jax" and blocks.on_processor(passes):
+            return self.joined(*self.in_parts(gradient, passes))
+        result = gradient.of_probabilities(passes)
+        is_target = ops.equal(ops.arange(ops.shape(passes)[-1], dtype=self._classes.dtype), self._classes)
+        return ops.cast(ops.where(is_target, result - gradient.of_target, result), passes.dtype)
+
+    def in_parts(self, gradient, passes):
+        """The same beside the targets, and at them, `(m, …, 1)`: what `joined` takes."""
+        at_target = gradient.of_probabilities(self.chosen(passes)) - gradient.of_target
+        return [ops.cast(part, passes.dtype) for part in (gradient.of_probabilities(passes), at_target)]
+
+    def joined(self, beside, at_target):
+        """The gradient, with its values at the targets put into what it is beside them.
+
+        On JAX that makes XLA write the gradient to memory first. Otherwise XLA would compute all of it once for each of
+        the products that come next. On TensorFlow, too, it is faster than comparing each class with the target, for
+        which XLA's program on a processor takes one class at a time.
+        """
+        classes = self._of_passes(beside)
+        if keras.backend.backend() == "jax":
             import jax.numpy as jnp
 
-            # Putting values into the gradient makes XLA write it to memory. Otherwise XLA would compute all of it once
-            # for each of the products that come next.
-            at_target = of_probabilities(_wide(self.chosen(passes))) - amount
-            gradient, at_target = (
-                ops.cast(each, passes.dtype) for each in (of_probabilities(_wide(passes)), at_target)
-            )
-            return jnp.put_along_axis(gradient, self._of_passes(passes), at_target, axis=-1, inplace=False)
-        gradient = of_probabilities(_wide(passes))
-        is_target = ops.equal(ops.arange(ops.shape(passes)[-1], dtype=self._classes.dtype), self._classes)
-        return ops.cast(ops.where(is_target, gradient - amount, gradient), passes.dtype)
+            return jnp.put_along_axis(beside, classes, at_target, axis=-1, inplace=False)
+        import tensorflow as tf
+
+        indices = tf.stack([*tf.meshgrid(*map(tf.range, beside.shape[:-1]), indexing="ij"), classes[..., 0]], axis=-1)
+        return tf.tensor_scatter_nd_update(beside, indices, at_target[..., 0])
 
     def chosen(self, passes):
         """What each of `passes`, `(m, …, classes)`, has at the target, `(m, …, 1)`."""
@@ -303,8 +326,14 @@ class _Probabilities:
     def counted(self, values):
         return values
 
-    def gradient(self, amount, of_probabilities, passes):
-        return ops.cast(of_probabilities(_wide(passes)) - amount * self._y, passes.dtype)
+    def gradient(self, gradient, passes):
+        return ops.cast(gradient.of_probabilities(passes) - gradient.of_target * self._y, passes.dtype)
+
+    def in_parts(self, gradient, passes):
+        return [self.gradient(gradient, passes)]
+
+    def joined(self, gradient):
+        return gradient
 
     def subtract_in_place(self, amount, gradient):
         return gradient.sub_(amount * self._y)
