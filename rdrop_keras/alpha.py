@@ -4,6 +4,7 @@ Comes in: what the user gave as `alpha`, later the consistency loss of each step
 Called by: `RDropModel`, and the objective in each step.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, Self, TypeAlias
@@ -18,6 +19,7 @@ from rdrop_keras.wrapper import replicas
 
 
 @keras.saving.register_keras_serializable(package="rdrop_keras")
+@dataclasses.dataclass(eq=False)
 class KLBudget:
     """α as a multiplier that brings the consistency loss to a target, so that you need not search for α.
 
@@ -57,37 +59,31 @@ class KLBudget:
     """
 
     target: float
-    step: float
-    initial: float
-    maximum: float
+    step: float = 0.1
+    initial: float = 1.0
+    maximum: float = 100.0
 
-    def __init__(self, target: float, step: float = 0.1, initial: float = 1.0, maximum: float = 100.0) -> None:
-        for name, value in (("target", target), ("step", step), ("initial", initial), ("maximum", maximum)):
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
             check_number(name, value)
-        for name, value in (("target", target), ("step", step), ("maximum", maximum)):
-            if value <= 0:
+            if value == 0 and name != "initial":
                 raise ValueError(f"`{name}` of a KLBudget must be above 0. Received: {name}={value!r}.")
-        if initial > maximum:
+        if self.initial > self.maximum:
             raise ValueError(
                 "`initial` of a KLBudget must not be above `maximum`. "
-                f"Received: initial={initial!r}, maximum={maximum!r}."
+                f"Received: initial={self.initial!r}, maximum={self.maximum!r}."
             )
-        self.target = float(target)
-        self.step = float(step)
-        self.initial = float(initial)
-        self.maximum = float(maximum)
+        for name, value in vars(self).items():
+            setattr(self, name, float(value))
 
     def get_config(self) -> dict[str, float]:
         """Returns the constructor's arguments."""
-        return {"target": self.target, "step": self.step, "initial": self.initial, "maximum": self.maximum}
+        return dict(vars(self))
 
     @classmethod
     def from_config(cls, config: dict[str, float]) -> Self:
         """Makes a `KLBudget` from what `get_config` returned."""
         return cls(**config)
-
-    def __repr__(self) -> str:
-        return f"KLBudget(target={self.target}, step={self.step}, initial={self.initial}, maximum={self.maximum})"
 
 
 # What an `RDropModel` takes for its α. A `LearningRateSchedule` is covered as a function of the step. Type checkers do

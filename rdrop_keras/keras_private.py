@@ -22,56 +22,16 @@ from keras.src.trainers.compile_utils import CompileLoss, CompileMetrics
 # Marks a `build` as one that makes no variables by itself: Keras then builds by a symbolic call.
 from keras.src.utils.python_utils import default
 
+# Of these, the names that other modules use.
 __all__ = [
     "CompileLoss",
     "CompileMetrics",
-    "all_layers",
-    "assign",
-    "autocast_scope",
-    "call",
-    "call_as_trained",
-    "call_context",
-    "children",
     "compute_output_spec",
-    "converted",
-    "copied_operation",
-    "copy_annotations",
-    "declares_shape",
     "default",
-    "functional",
     "get_keras_mask",
-    "has_metrics",
-    "has_seed",
-    "has_state",
-    "input_layers",
-    "is_built",
-    "is_from_known",
-    "is_plain_graph",
-    "is_saving_attributes",
-    "keras_logits",
-    "lora_layers",
-    "loss_weights",
-    "name_scope",
-    "nodes",
     "operation_fn",
-    "operations",
-    "output_spec",
-    "output_spec_of_call",
-    "own_variables",
-    "packed_outputs",
-    "reference_order",
-    "run_graph",
     "scale_loss_for_distribution",
-    "set_compiled_loss",
-    "set_compiled_metrics",
     "set_keras_mask",
-    "set_lora_layers",
-    "set_trainable",
-    "standardized",
-    "strategy_of",
-    "strategy_scope",
-    "take_training_argument_as",
-    "takes_training",
     "unscale_loss_for_distribution",
 ]
 
@@ -318,14 +278,11 @@ def take_training_argument_as(wrapper, model):
     wrapper._call_has_training_arg = takes_training(model)
 
 
-def set_compiled_loss(model, loss):
-    """Replaces the `CompileLoss` of a compiled `model`."""
-    model._compile_loss = loss
-
-
-def set_compiled_metrics(model, metrics):
-    """Replaces the `CompileMetrics` of a compiled `model`; None leaves them."""
-    if metrics is not None:
+def set_compiled(model, loss, metrics):
+    """Replaces the `CompileLoss` of a compiled `model`, and its `CompileMetrics` if it has one. None leaves them."""
+    if loss is not None:
+        model._compile_loss = loss
+    if metrics is not None and has_metrics(model):
         vars(model)["_compile_metrics"] = metrics  # Past the tracker, which would list them a second time.
 
 

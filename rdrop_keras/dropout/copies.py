@@ -20,12 +20,10 @@ class Copier:
     Args:
         new_config: A function from a layer, or from a model that is more than a graph of layers, to the configuration
             of its copy.
-        remedy: What the user can do if a model cannot be made anew, for the error.
     """
 
-    def __init__(self, new_config, remedy):
+    def __init__(self, new_config):
         self._new_config = new_config
-        self._remedy = remedy
         self._copies = {}
 
     def copy(self, operation):
@@ -63,7 +61,8 @@ class Copier:
                     return cls(**{**config, "arguments": layer.arguments})
                 return cls.from_config(config)
         except Exception as error:
-            remedy = f", or {self._remedy}" if isinstance(layer, keras.Model) else ""
+            of_model = ", or make it with the rate that you want in its constructor"
+            remedy = of_model if isinstance(layer, keras.Model) else ""
             raise ValueError(
                 f"`{cls.__name__}` is made anew by `from_config(get_config())`, which fails with "
                 f"{type(error).__name__}. Write these two methods{remedy}. Received: {layer.name!r}."

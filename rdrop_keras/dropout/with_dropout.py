@@ -12,7 +12,7 @@ from rdrop_keras import keras_private
 from rdrop_keras.arguments import is_number
 from rdrop_keras.dropout import copied_state, copies, rates
 from rdrop_keras.passes import randomness
-from rdrop_keras.wrapper.wrapper_model import check_unwrapped
+from rdrop_keras.wrapper.wrapper_model import check_built, check_unwrapped
 
 ModelT = TypeVar("ModelT", bound=keras.Model)
 
@@ -63,11 +63,7 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
     """
     check_unwrapped(model)
     _check_rate(rate)
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
-            f"Received: model={model.name!r}, which is not."
-        )
+    check_built(model)
     rate_type = rates.rate_type(model)
     if rate_type is None:
         raise ValueError(
@@ -85,7 +81,7 @@ def with_dropout(model: ModelT, rate: float) -> ModelT:
         return rates.with_rates(rates.configuration(layer), new_rate, type(layer).__name__)
 
     with keras_private.strategy_scope(model):
-        new = copies.Copier(new_config, "make it with the rate that you want in its constructor").copy(model)
+        new = copies.Copier(new_config).copy(model)
         if not new.built:
             new.build_from_config(model.get_build_config())
         copied_state.copy_state(model, new)

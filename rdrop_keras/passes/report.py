@@ -12,7 +12,7 @@ import keras
 from rdrop_keras.passes import check_share
 from rdrop_keras.passes.graph import PairedGraph, num_parameters
 from rdrop_keras.passes.randomness import classify
-from rdrop_keras.wrapper.wrapper_model import unwrapped
+from rdrop_keras.wrapper.wrapper_model import check_built, unwrapped
 
 
 class Call(NamedTuple):
@@ -96,11 +96,7 @@ def sharing(model: keras.Model, share: str = "deterministic") -> Sharing:
     """
     model = unwrapped(model)
     check_share(share)
-    if not model.built:
-        raise ValueError(
-            "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
-            f"Received: model={model.name!r}, which is not."
-        )
+    check_built(model)
     return Sharing(PairedGraph(model, share))
 
 

@@ -1,23 +1,24 @@
 """How a wrapper is saved: in whole files, with the states of random generators, in formats that can be loaded.
 
-Comes in: paths, stores and configurations. Goes out: what Keras saves and loads. Called by: users, and Keras's saving.
+Comes in: paths, stores and configurations. Goes out: what Keras saves and loads, or an error before anything is trained
+or written. Called by: users, Keras's saving, and `WrapperModel.fit`.
 """
 
+import contextlib
 import os
+import zipfile
 from typing import Any, Self
 
+import h5py
 import keras
 import numpy as np
 
-from rdrop_keras.wrapper import checkpoints, formats, random_state
-from rdrop_keras.wrapper.attributes import ModelAttributes
+from rdrop_keras.wrapper import checkpoints, random_state
+from rdrop_keras.wrapper.steps import TrainingSteps
 
 
-class SavedWrapper(ModelAttributes):
+class SavedWrapper(TrainingSteps):
     """A wrapper that is saved with the model inside, and exported as that model alone."""
-
-    _num_steps: int
-    _torch_seed: Any
 
     def export(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Exports the wrapped model alone. It takes the arguments of `keras.Model.export`."""
@@ -31,7 +32,7 @@ class SavedWrapper(ModelAttributes):
         Raises:
             ValueError: If `filepath` is one of the older HDF5 format.
         """
-        formats.check_format(filepath, type(self).__name__)
+        _check_format(filepath, type(self).__name__)
         if zipped is False:
             super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
             return
@@ -47,7 +48,7 @@ class SavedWrapper(ModelAttributes):
 
     def load_weights(self, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Loads as `keras.Model.load_weights` does, with the same arguments; also a file of the wrapped model alone."""
-        if formats.is_of_model_alone(filepath):
+        if _is_of_model_alone(filepath):
             self.model.load_weights(filepath, *args, **kwargs)
         else:
             super().load_weights(filepath, *args, **kwargs)
@@ -73,6 +74,33 @@ class SavedWrapper(ModelAttributes):
     def _saved_variables(self):
         optimizer = getattr(self, "optimizer", None)
         return self.variables + (optimizer.variables if optimizer is not None else [])
+
+
+def check_callbacks(callbacks, wrapper):
+    """Raises if one of `callbacks` would save in the older HDF5 format. At its first save it would be too late."""
+    for callback in keras.tree.flatten([getattr(each, "callbacks", each) for each in callbacks]):
+        if isinstance(callback, keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
+            _check_format(callback.filepath, wrapper)
+
+
+def _check_format(filepath, wrapper):
+    """Raises if `filepath` is of the older HDF5 format. Keras would save a wrapper there, but could not load it."""
+    if str(filepath).endswith((".h5", ".hdf5")):
+        raise ValueError(
+            f"An {wrapper} is saved as a `.keras` file, or its weights by `save_weights` as a `.weights.h5` file: from "
+            "the older HDF5 format it could not be loaded. `model.model.save(filepath)` saves the trained model alone. "
+            f"Received: filepath={str(filepath)!r}."
+        )
+
+
+def _is_of_model_alone(filepath):
+    """Whether a file of weights belongs to a model alone. A file of its wrapper holds the number of steps too."""
+    with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), contextlib.ExitStack() as opened:
+        file = str(filepath)
+        if file.endswith(".keras"):
+            file = opened.enter_context(opened.enter_context(zipfile.ZipFile(file)).open("model.weights.h5"))
+        return "num_steps" not in opened.enter_context(h5py.File(file, "r")).get("vars", ())
+    return False  # Keras says what is wrong with it.
 
 
 def _uncompiled(config):

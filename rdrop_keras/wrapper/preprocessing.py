@@ -40,27 +40,9 @@ def run(method, task, trained, args, kwargs):
 
 @functools.cache
 def _adapter_class(pipeline):
-    # In the method resolution order, `_Receiver` comes after `PipelineModel` and before `keras.Model`.
-    return type("Adapter", (pipeline, _Receiver), {})
+    def method_of_trained(method):
+        return lambda self, *args, **kwargs: getattr(keras.Model, method)(self.trained, *args, **kwargs)
 
-
-class _Receiver(keras.Model):
-    """What `super()` in `PipelineModel` finds: the same method of the trained model."""
-
-    def fit(self, *args, **kwargs):
-        return keras.Model.fit(self.trained, *args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        return keras.Model.evaluate(self.trained, *args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        return keras.Model.predict(self.trained, *args, **kwargs)
-
-    def train_on_batch(self, *args, **kwargs):
-        return keras.Model.train_on_batch(self.trained, *args, **kwargs)
-
-    def test_on_batch(self, *args, **kwargs):
-        return keras.Model.test_on_batch(self.trained, *args, **kwargs)
-
-    def predict_on_batch(self, *args, **kwargs):
-        return keras.Model.predict_on_batch(self.trained, *args, **kwargs)
+    # What `super()` in `PipelineModel` finds: the method resolution order has it before `keras.Model`.
+    receiver = type("Receiver", (keras.Model,), {method: method_of_trained(method) for method in METHODS})
+    return type("Adapter", (pipeline, receiver), {})

@@ -20,10 +20,19 @@ from rdrop_keras.wrapper import random_state, step
 _SEED_STRIDE = 1_640_531_527
 
 
+@contextlib.contextmanager
 def own_masks(model):
-    """Within it, the random generators of `model` are those of this replica. Does nothing on a single replica."""
+    """Within it, the random generators of `model` are the replica's own. Afterwards all replicas have the same."""
     context = _replica_context()
-    return contextlib.nullcontext() if context is None else _own_masks(model, context)
+    states = [] if context is None else random_state.states(model)
+    shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
+    for state, shift in zip(states, shifts):
+        state.assign_add([shift, ops.zeros_like(shift)])
+    try:
+        yield
+    finally:
+        for state, shift in zip(states, shifts):
+            state.assign_sub([shift, ops.zeros_like(shift)])
 
 
 def row_scale(inputs):
@@ -32,7 +41,23 @@ def row_scale(inputs):
     None on a single replica, and if all replicas have the same number of rows.
     """
     context = _replica_context()
-    return None if context is None else _row_scale(context, inputs)
+    if context is None:
+        return None
+    import tensorflow as tf
+
+    tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
+    # In a program, a batch of static size is always full and split evenly. TPUs accept only such batches.
+    in_program = not tf.executing_eagerly()
+    if isinstance(context.strategy, tf.distribute.TPUStrategy) or (in_program and tensor.shape[0] is not None):
+        return None
+
+    def mean(strategy, rows):
+        # Over the replicas of this process. Asking other processes would need communication.
+        local = strategy.experimental_local_results(rows)
+        return tf.add_n(local) / len(local)
+
+    rows = tf.cast(tf.shape(tensor)[0], "float32")
+    return rows / context.merge_call(mean, args=(rows,))
 
 
 def scaled_gradient(loss):
@@ -94,35 +119,3 @@ def _replica_context():
 
     context = tf.distribute.get_replica_context()
     return context if context is not None and context.num_replicas_in_sync > 1 else None
-
-
-def _row_scale(context, inputs):
-    tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
-    import tensorflow as tf
-
-    # In a program, a batch of static size is always full and split evenly. TPUs accept only such batches.
-    in_program = not tf.executing_eagerly()
-    if isinstance(context.strategy, tf.distribute.TPUStrategy) or (in_program and tensor.shape[0] is not None):
-        return None
-
-    def total(strategy, rows):
-        # Over the replicas of this process. Asking other processes would need communication.
-        local = strategy.experimental_local_results(rows)
-        return tf.add_n(local) / len(local)
-
-    rows = tf.cast(tf.shape(tensor)[0], "float32")
-    return rows / context.merge_call(total, args=(rows,))
-
-
-@contextlib.contextmanager
-def _own_masks(model, context):
-    """Within it, the random generators of `model` are the replica's own. Afterwards all replicas have the same."""
-    states = random_state.states(model)
-    shifts = [ops.cast(context.replica_id_in_sync_group, state.dtype) * _SEED_STRIDE for state in states]
-    for state, shift in zip(states, shifts):
-        state.assign_add([shift, ops.zeros_like(shift)])
-    try:
-        yield
-    finally:
-        for state, shift in zip(states, shifts):
-            state.assign_sub([shift, ops.zeros_like(shift)])

@@ -3,12 +3,8 @@
 Comes in: the number of passes, from `WrapperModel`. Goes out: a `Step`. Called by: `WrapperModel`, `RDropModel`, the
 loss, the metrics and `replicas`.
 
-Three context variables in the package hold such state. They are not attributes of the model, since `MirroredStrategy`
-traces its replicas in threads that take turns, each in the middle of its own step:
-
-- `_current`, here: Keras calls `Model.call`, the loss and the metrics by itself.
-- `output_loss._reading`: Keras calls the loss of each output by itself.
-- `tf_trainer._in_step_function`: Keras asks the model for its strategy in many places, one of which needs another.
+`_current` and `output_loss._reading` hold such state. They are context variables and not attributes of the model, since
+`MirroredStrategy` traces its replicas in threads that take turns, each in the middle of its own step.
 """
 
 import contextlib

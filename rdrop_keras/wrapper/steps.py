@@ -42,11 +42,15 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
     """A wrapper whose steps are its own, whatever `train_step` a subclass has."""
 
     train_function: Any
-    _as_is: bool  # Trains just as Keras does.
-    _num_steps: int  # Steps made. No variable: it decides which program runs.
-    _has_begun_step: bool  # By `training_step`, in whatever thread.
-    _traced: int | None  # The passes of the program that runs, which it may be tracing.
-    _torch_seed: Any
+
+    def __init__(self, *, as_is: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._as_is = as_is  # Trains just as Keras does.
+        self._num_steps = 0  # Steps made. No variable: it decides which program runs.
+        self._has_begun_step = False  # By `training_step`, in whatever thread.
+        self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
+        # With `as_is`, a model draws nothing that it would not draw alone.
+        self._torch_seed = None if as_is else random_state.torch_seed()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -69,13 +73,13 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
         """The reason why steps differ in their number of passes, for messages."""
         return f"steps of {' and '.join(map(str, self.passes_of_steps))} passes"
 
-    def check_steps_per_execution(self) -> None:
+    def check_steps_per_execution(self, steps_per_execution: int) -> None:
         """Raises if steps differ in their number of passes and an execution has several steps."""
-        if len(self.passes_of_steps) > 1 and self.steps_per_execution > 1:
+        if len(self.passes_of_steps) > 1 and steps_per_execution > 1:
             raise ValueError(
                 "Where the number of passes differs from step to step, `steps_per_execution` must be 1: each number is "
                 "a program of its own, and an execution of several steps cannot choose between them. "
-                f"Received: {self.described_steps()}, steps_per_execution={self.steps_per_execution}."
+                f"Received: {self.described_steps()}, steps_per_execution={steps_per_execution}."
             )
 
     def passes_of_step(self, number: int) -> int:
@@ -189,25 +193,24 @@ class TrainingSteps(ModelAttributes, TFTrainerFixes):
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the programs of training, one for each number of passes."""
-        self.check_steps_per_execution()
+        self.check_steps_per_execution(self.steps_per_execution)
         if self._as_is:
             super().make_train_function(force)
             return
         if self.train_function is not None and not force:
             return
-        own = self.__dict__.get("train_step")
-        given = self.train_step
+        given, own = self.train_step, self.__dict__.get("train_step")
         functions = {}
-        for num_passes in self.passes_of_steps:
-            # Each number needs a function of its own. JAX would take the program of an equal one from its cache.
-            self.__dict__["train_step"] = lambda *args: given(*args)
-            try:
+        try:
+            for num_passes in self.passes_of_steps:
+                # Each number needs a function of its own. JAX would take the program of an equal one from its cache.
+                self.__dict__["train_step"] = lambda *args: given(*args)
                 super().make_train_function(force=True)
-            finally:
-                del self.__dict__["train_step"]
-                if own is not None:
-                    self.__dict__["train_step"] = own
-            functions[num_passes] = self.train_function
+                functions[num_passes] = self.train_function
+        finally:
+            del self.__dict__["train_step"]
+            if own is not None:
+                self.__dict__["train_step"] = own
 
         def train_function(*args):
             self._traced = self.passes_of_step(self._num_steps)

@@ -17,9 +17,6 @@ All is private to Keras. It was read in 3.14.0 and 3.15.1, and both need all of 
 """
 
 import contextlib
-import contextvars
-import functools
-import types
 from typing import Any
 
 import keras
@@ -50,12 +47,26 @@ class TFTrainerFixes(keras.Model):
                     self.optimizer.build(self.trainable_variables)
 
     def _make_function(self, step_function, **kwargs):
-        return _with_local_logs(super()._make_function(step_function, **kwargs), keras_private.strategy_of(self))
+        function, strategy = super()._make_function(step_function, **kwargs), keras_private.strategy_of(self)
+        if strategy is None or not _is_multi_worker(strategy):
+            return function
+
+        def with_local_logs(*args):
+            self._in_step_function = True
+            try:
+                return function(*args)
+            finally:
+                self._in_step_function = False
+
+        return with_local_logs
+
+    # Keras asks the model for its strategy in many places. In a function of steps it has to get another one.
+    _in_step_function = False
 
     @property
     def distribute_strategy(self) -> Any:
         strategy = super().distribute_strategy
-        return _LocalLogs(strategy) if _in_step_function.get() else strategy
+        return _LocalLogs(strategy) if self._in_step_function else strategy
 
 
 def _batch_specification(epoch_iterator):
@@ -69,10 +80,6 @@ def _batch_specification(epoch_iterator):
         return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
 
     return tree.map_structure(of_replica, epoch_iterator._distributed_dataset.element_spec)
-
-
-# Keras asks the model for its strategy in many places. In a function of steps it has to get another one.
-_in_step_function = contextvars.ContextVar("rdrop_keras_in_step_function", default=False)
 
 
 class _LocalLogs:
@@ -92,44 +99,7 @@ class _LocalLogs:
         return tree.map_structure(lambda value: self._strategy.experimental_local_results(value)[0], results)
 
 
-def _with_local_logs(function, strategy):
-    """Keras's `function` for training or evaluation, with logs from the first local replica."""
-    if strategy is None or not _is_multi_worker(strategy) or not _averages_scalars_along_an_axis():
-        return function
-
-    @functools.wraps(function)
-    def with_local_logs(*args):
-        token = _in_step_function.set(True)
-        try:
-            return function(*args)
-        finally:
-            _in_step_function.reset(token)
-
-    return with_local_logs
-
-
 def _is_multi_worker(strategy):
     import tensorflow as tf
 
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and strategy.extended._in_multi_worker_mode()
-
-
-@functools.cache
-def _averages_scalars_along_an_axis():
-    """Whether Keras asks several workers for the mean of a scalar along an axis. A mended Keras does not."""
-    import tensorflow as tf
-    from keras.src.backend.tensorflow import trainer
-
-    class Recorder(tf.distribute.MultiWorkerMirroredStrategy):
-        extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: True)
-
-        def __init__(self):
-            self.axis = None
-
-        def reduce(self, reduce_op, value, axis=None):
-            self.axis = axis
-            return value
-
-    recorder = Recorder()
-    trainer.reduce_per_replica(tf.constant(0.0), recorder, "auto")
-    return recorder.axis is not None

@@ -13,9 +13,8 @@ import keras
 from keras import ops, tree
 
 from rdrop_keras import keras_private
-from rdrop_keras.wrapper import formats, preprocessing, random_state, replicas, step
-from rdrop_keras.wrapper.files import SavedWrapper
-from rdrop_keras.wrapper.steps import TrainingSteps
+from rdrop_keras.wrapper import preprocessing, replicas, step
+from rdrop_keras.wrapper.files import SavedWrapper, check_callbacks
 
 # Methods of the model that the wrapper replaces by its own, and so never calls.
 _REPLACED = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", *preprocessing.METHODS)
@@ -32,7 +31,7 @@ def _as_documented(method: Any) -> Callable[[MethodT], MethodT]:
     return decorator
 
 
-class WrapperModel(TrainingSteps, SavedWrapper):
+class WrapperModel(SavedWrapper):
     """Trains `model`, which is found again as `.model`. In everything but training it is that model.
 
     A subclass may override these, which concern training alone:
@@ -81,18 +80,12 @@ class WrapperModel(TrainingSteps, SavedWrapper):
     def __init__(self, model: keras.Model, name: str | None = None, as_is: bool = False) -> None:
         _check_model(model, type(self).__name__)
         # The model's own policy, for loss scaling. The model itself casts the inputs.
-        super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
+        super().__init__(name=name, dtype=model.dtype_policy, autocast=False, as_is=as_is)
         _check_strategy(model, self)
         self.model = model
         self.built = model.built
-        self._as_is = as_is
         self._evaluating = False
         self._quantized: dict[str, str] = {}
-        self._num_steps = 0  # Steps made. No variable: it decides which program runs.
-        self._has_begun_step = False  # By `training_step`, in whatever thread.
-        self._traced: int | None = None  # The passes of the program that runs, which it may be tracing.
-        # With `as_is`, a model draws nothing that it would not draw alone.
-        self._torch_seed = None if as_is else random_state.torch_seed()
         keras_private.take_training_argument_as(self, model)
 
     # What subclasses override.
@@ -151,21 +144,19 @@ class WrapperModel(TrainingSteps, SavedWrapper):
         loss_weights: Any = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         """Configures training. It takes the arguments of `keras.Model.compile`."""
+        self.check_steps_per_execution(steps_per_execution)
         made = None if self._as_is else self.make_loss(loss, loss_weights)
-        super().compile(optimizer, loss, loss_weights, metrics, weighted_metrics, *args, **kwargs)
-        try:
-            self.check_steps_per_execution()
-        except ValueError:
-            self.compiled = False
-            raise
-        if made is not None:
-            keras_private.set_compiled_loss(self, made)
-        if keras_private.has_metrics(self) and not self._as_is:
-            keras_private.set_compiled_metrics(self, self.make_metrics(metrics, weighted_metrics))
+        super().compile(
+            optimizer, loss, loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, *args, **kwargs
+        )
+        if not self._as_is:
+            keras_private.set_compiled(self, made, self.make_metrics(metrics, weighted_metrics))
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned, and makes the optimizer's variables.
@@ -192,7 +183,7 @@ class WrapperModel(TrainingSteps, SavedWrapper):
     # Data, which a KerasHub task takes raw.
     @_as_documented(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        formats.check_callbacks([*args[5:6], kwargs.get("callbacks")], type(self).__name__)
+        check_callbacks([*args[5:6], kwargs.get("callbacks")], type(self).__name__)
         history = self._with_data("fit", args, kwargs)
         self.after_fit(history)
         return history
@@ -253,13 +244,21 @@ def unwrapped(model):
 
 def check_unwrapped(model):
     """Raises if `model` is no `keras.Model`, or if it is or holds a wrapper."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r} ({type(model).__name__}).")
+    unwrapped(model)
     inner = next((layer for layer in keras_private.all_layers(model) if isinstance(layer, WrapperModel)), None)
     if inner is not None:
         raise ValueError(
             f"`model` is or holds an {type(inner).__name__}: use the model inside that, its `.model`. "
             f"Received: {inner.name!r}."
+        )
+
+
+def check_built(model):
+    """Raises if `model` is not built."""
+    if not model.built:
+        raise ValueError(
+            "`model` must be built: give it an Input, call it on a batch, or `model.build(input_shape)`. "
+            f"Received: model={model.name!r}, which is not."
         )
 
 
