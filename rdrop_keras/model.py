@@ -5,7 +5,6 @@ which steps are steps of R-Drop, and what they log. The passes are made in `pass
 `objective.py`. What any wrapper of a Keras model needs is in `wrapper`. Called by: users and Keras.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Self
@@ -16,9 +15,9 @@ from keras import ops, tree
 from rdrop_keras import alpha as alphas
 from rdrop_keras import divergence_of_output, keras_private
 from rdrop_keras.arguments import check_integer
-from rdrop_keras.first_pass import FirstPassMetrics
-from rdrop_keras.objective import RDropLoss, RowMeans, check_logs
-from rdrop_keras.passes import Passes, check_dropout_rates, check_share, randomness
+from rdrop_keras.logs import FirstPassMetrics, RowMeans, check_logs, why_no_effect
+from rdrop_keras.objective import RDropLoss
+from rdrop_keras.passes import Passes, check_dropout_rates, check_share
 from rdrop_keras.wrapper import replicas, step
 from rdrop_keras.wrapper.wrapper_model import WrapperModel
 
@@ -148,7 +147,7 @@ class RDropModel(WrapperModel):
         check_integer("start", start, least=0)
         check_dropout_rates(dropout_rates, num_passes)
         check_share(share)
-        is_plain = not alphas.is_moving(alpha) and alpha == 0
+        is_plain = alpha == 0
         super().__init__(model, name, as_is=is_plain)
         self.divergence = divergence
         self.num_passes = int(num_passes)
@@ -310,12 +309,7 @@ class RDropModel(WrapperModel):
         self._alpha.end_fit()
         if self._passes is None or self._warned_of_no_effect:
             return
-        logs = history.history
-        pairs = zip(logs.get("task_loss", []), logs.get("consistency_loss", []))
-        epochs = [epoch for epoch in pairs if not math.isnan(epoch[1])]  # Those with steps of R-Drop.
-        warning = _equal_passes(epochs, self.model)
-        if warning is None and int(ops.convert_to_numpy(self.optimizer.iterations)) >= _MANY_STEPS:
-            warning = _too_small(epochs, self.alpha, self.num_passes)
+        warning = why_no_effect(history.history, self)
         if warning is not None:
             self._warned_of_no_effect = True
             warnings.warn(f"{warning} Received: {self.name!r}.", stacklevel=3)
@@ -361,34 +355,3 @@ class RDropModel(WrapperModel):
         # Files of earlier versions have `trained_with` too.
         config = {key: value for key, value in config.items() if key != "trained_with"}
         return super().from_config({**config, **nested}, custom_objects)
-
-
-# `fit` warns if R-Drop was a smaller share of the loss than this, after at least so many steps.
-_SMALL_SHARE = 0.02
-_MANY_STEPS = 100
-
-
-def _equal_passes(epochs, model):
-    """The warning if the passes of a whole epoch were equal. `epochs` are pairs of task loss and consistency loss."""
-    # A program may compute equal passes in different ways. Rounding then leaves a small difference.
-    if all(abs(consistency) >= 1e-12 for _, consistency in epochs):
-        return None
-    return (
-        "The passes of R-Drop did not differ: `consistency_loss` was 0 in a whole epoch, and training was plain "
-        f"training at the price of R-Drop. {randomness.why_equal(model)}"
-    )
-
-
-def _too_small(epochs, alpha, num_passes):
-    """The warning if R-Drop was a small share of the loss in all epochs. None for an α that moves: it may be meant."""
-    if alphas.is_moving(alpha) or not epochs or any(task <= 0 for task, _ in epochs):
-        return None
-    terms = [(task, alpha / num_passes * consistency) for task, consistency in epochs]
-    share = max(term / (task + term) for task, term in terms)
-    if not share < _SMALL_SHARE:
-        return None
-    return (
-        f"R-Drop was at most {share:.1%} of the loss in each epoch, too little to matter: training was much like plain "
-        f"training at the price of R-Drop. Take a larger `alpha` than {alpha:g}, raise the dropout rates, or let a "
-        "`KLBudget` find α."
-    )

@@ -17,13 +17,13 @@ from keras import ops
 
 from rdrop_keras import keras_private
 from rdrop_keras.arguments import check_integer
+from rdrop_keras.logs import RowMeans
 from rdrop_keras.model import RDropModel
-from rdrop_keras.objective import RowMeans
 from rdrop_keras.output_loss import logged
 from rdrop_keras.passes import Passes, tiling
 from rdrop_keras.passes_loss import PassesLoss
 from rdrop_keras.wrapper import preprocessing, random_state
-from rdrop_keras.wrapper.wrapper_model import unwrapped
+from rdrop_keras.wrapper.wrapper_model import check_built, unwrapped
 
 
 class Estimate(NamedTuple):
@@ -114,7 +114,7 @@ def inconsistency(
     True
     """
     check_integer("num_passes", num_passes, least=2)
-    return _Measurement(model, num_passes)(x, y, sample_weight, batch_size)
+    return _probe_of(model, num_passes).measure(x, y, sample_weight, batch_size)
 
 
 class InconsistencyMonitor(keras.callbacks.Callback):
@@ -162,7 +162,7 @@ class InconsistencyMonitor(keras.callbacks.Callback):
         self.num_passes = num_passes
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._measure = _Measurement(self.model, self.num_passes)
+        self._probe = _probe_of(self.model, self.num_passes)
         self._names = ["gap", "submodel_loss", "divergence", "agreement"]
         if isinstance(self.model, RDropModel) and self.model.alpha != 0:
             self._names.append("consistency_fraction")
@@ -170,7 +170,7 @@ class InconsistencyMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if (epoch + 1) % self.every == 0:
-            result = self._measure(*self.data).to_dict()
+            result = self._probe.measure(*self.data).to_dict()
             if "consistency_fraction" in self._names:
                 term = self.model._current_term(result["divergence"])
                 result["consistency_fraction"] = term / (result["submodel_loss"] + term)
@@ -179,47 +179,21 @@ class InconsistencyMonitor(keras.callbacks.Callback):
             logs.update(self._last)
 
 
-class _Measurement:
-    """Measures one model any number of times with one compiled program."""
-
-    def __init__(self, model, num_passes):
-        wrapped = unwrapped(model)
-        if not model.compiled or model.loss is None:
-            raise RuntimeError(
-                f"`model` must be compiled with a loss before its inconsistency is measured. Received: {model.name!r}."
-            )
-        if not model.built:
-            raise ValueError(
-                "`model` must be built: give it an Input, call it on a batch, or train it first. "
-                f"Received: model={model.name!r}, which is not."
-            )
-        divergence = model.divergence if isinstance(model, RDropModel) else "auto"
-        names = getattr(wrapped, "output_names", None)
-        loss = PassesLoss(model.loss, keras_private.loss_weights(model), names, divergence)
-        self._model = wrapped
-        self._num_passes = num_passes
-        with keras_private.strategy_scope(wrapped):
-            self._probe = _Probe(wrapped, loss, num_passes)
-            self._probe.compile(loss=None, optimizer=None)
-
-    def __call__(self, x, y, sample_weight, batch_size):
-        arguments = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size, "verbose": 0}
-        with random_state.restored(self._model), _inference_statistics(self._model):
-            if preprocessing.pipeline_class(self._model) is None:
-                self._probe.evaluate(**arguments)
-            else:
-                preprocessing.run("evaluate", self._model, self._probe, (), arguments)
-        full, losses, divergences, agreements, with_full = self._probe.means()
-        full_model_loss, submodel_loss = full.item(), _over_passes(losses)
-        return Inconsistency(
-            self._num_passes,
-            full_model_loss,
-            submodel_loss,
-            Estimate(abs(submodel_loss.value - full_model_loss), submodel_loss.error),
-            _over_pairs(divergences, self._num_passes),
-            _over_pairs(agreements, self._num_passes),
-            _over_passes(with_full),
+def _probe_of(model, num_passes):
+    """A compiled `_Probe` of `model`, which can measure any number of times with one program."""
+    wrapped = unwrapped(model)
+    if not model.compiled or model.loss is None:
+        raise RuntimeError(
+            f"`model` must be compiled with a loss before its inconsistency is measured. Received: {model.name!r}."
         )
+    check_built(model)
+    divergence = model.divergence if isinstance(model, RDropModel) else "auto"
+    names = getattr(wrapped, "output_names", None)
+    loss = PassesLoss(model.loss, keras_private.loss_weights(model), names, divergence)
+    with keras_private.strategy_scope(wrapped):
+        probe = _Probe(wrapped, loss, num_passes)
+        probe.compile(loss=None, optimizer=None)
+    return probe
 
 
 class _Probe(keras.Model):
@@ -265,26 +239,43 @@ class _Probe(keras.Model):
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return {"loss": self._means.result()["loss"]}
 
-    def means(self):
-        """Full-model loss; sub-models' losses; divergences and agreements of pairs; agreements with the full model."""
-        values = ops.convert_to_numpy(self._means.means()).astype("float64")
+    def measure(self, x, y, sample_weight, batch_size):
+        arguments = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size, "verbose": 0}
+        with random_state.restored(self.model), _inference_statistics(self.model):
+            if preprocessing.pipeline_class(self.model) is None:
+                self.evaluate(**arguments)
+            else:
+                preprocessing.run("evaluate", self.model, self, (), arguments)
+        means = ops.convert_to_numpy(self._means.means()).astype("float64")
         num_pairs = len(self._pairs)
-        return np.split(values, np.cumsum([1, self._num_passes, num_pairs, num_pairs]))
+        sizes = [1, self._num_passes, num_pairs, num_pairs]
+        full, losses, divergences, agreements, with_full = np.split(means, np.cumsum(sizes))
+        full_model_loss, submodel_loss = full.item(), _over_passes(losses)
+        return Inconsistency(
+            self._num_passes,
+            full_model_loss,
+            submodel_loss,
+            Estimate(abs(submodel_loss.value - full_model_loss), submodel_loss.error),
+            _over_pairs(divergences, self._num_passes),
+            _over_pairs(agreements, self._num_passes),
+            _over_passes(with_full),
+        )
 
 
 @contextlib.contextmanager
 def _inference_statistics(model):
     """Within it, batch normalization uses its moving statistics in training too."""
-    batch_norms = [
-        layer for layer in keras_private.all_layers(model) if isinstance(layer, keras.layers.BatchNormalization)
+    normalizations = [
+        layer
+        for layer in keras_private.all_layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
     ]
-    trainable = [layer for layer in batch_norms if layer.trainable]
     try:
-        for layer in trainable:
+        for layer in normalizations:
             layer.trainable = False
         yield
     finally:
-        for layer in trainable:
+        for layer in normalizations:
             layer.trainable = True
 
 

@@ -10,7 +10,6 @@ Comes in: targets, and the outputs of all passes. Goes out: L, to Keras, which t
 a model that `RDropModel.make_loss` has given this loss.
 """
 
-import keras
 from keras import ops
 
 from rdrop_keras.output_loss import logged
@@ -64,51 +63,3 @@ class RDropLoss(PassesLoss):
         if self.alpha_log is not None:
             self.alpha_log.record({"alpha": alpha}, 1)
         self.alpha.observe(terms.observed, terms.weight)
-
-
-class RowMeans(keras.metrics.Metric):
-    """Means of scalars by name, weighted by rows. A name without values has NaN, not 0.
-
-    All are one metric with one variable. In a small model, bookkeeping is much of a step's cost.
-    """
-
-    def __init__(self, names, name):
-        super().__init__(name=name, dtype=keras.backend.result_type(keras.config.floatx(), "float32"))
-        self.names = names
-        self._sums = self.add_variable(shape=(2 * len(names),), initializer="zeros", name="sums")
-
-    def update_state(self, *args, **kwargs):
-        """Does nothing. The loss calls `record`; loops over all metrics of a model have only targets and outputs."""
-
-    def record(self, values, rows):
-        """Counts the `values`, `{name: scalar}`, of so many rows."""
-        # On JAX a step of one's own may differentiate around this. No value that is kept may depend on the weights.
-        values = {name: ops.stop_gradient(value) for name, value in values.items()}
-        sums = [ops.cast(values.get(name, 0.0), self.dtype) for name in self.names]
-        counts = [float(name in values) for name in self.names]
-        self._sums.assign_add(ops.convert_to_tensor(sums + counts) * ops.cast(rows, self.dtype))
-
-    def means(self):
-        """All means, in the order of the names, in one tensor."""
-        totals, rows = ops.split(self._sums.value, 2)
-        return totals / rows
-
-    def result(self):
-        return dict(zip(self.names, ops.unstack(self.means())))
-
-
-def check_logs(metrics, own):
-    """Raises if one of `metrics` is logged by the same name as one of R-Drop's `own`, which are among them."""
-    names = [name for metric in metrics if metric in own for name in metric.names]
-    for metric in metrics:
-        result = {} if metric in own else metric.result()
-        for name in result if isinstance(result, dict) else [metric.name]:
-            if name in names:
-                of_output = not isinstance(result, dict) and name.endswith("_loss")
-                received = f"an output {name.removesuffix('_loss')!r}" if of_output else "a metric"
-                raise ValueError(
-                    f"R-Drop logs {', '.join(map(repr, names))}. No output and no metric can be logged by one of these "
-                    "names, as an output called 'task' has its loss logged as 'task_loss'. Rename it: an output by its "
-                    f"layer's `name` or its key in the outputs, a metric by `name`. Received: {received} that "
-                    f"is logged as {name!r}."
-                )

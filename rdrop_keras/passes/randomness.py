@@ -14,7 +14,7 @@ on a layer or a model, or on its class, declares that its rows depend on each ot
 The passes then run one after another. Both can be declared together.
 
 Comes in: a model, a layer or an operation. Goes out: what is known of it, and why. Called by: other modules of
-`passes`, `RDropModel` for a warning, and `with_dropout`.
+`passes`, `logs` for a warning, and `with_dropout`.
 """
 
 import functools
@@ -66,7 +66,7 @@ def classify(model):
                 inactive.append((layer, own_rates))
             else:
                 active.append(layer)
-        elif declared is None and not isinstance(layer, keras.Model) and not _is_known(layer):
+        elif not isinstance(layer, keras.Model) and not _is_vouched(layer):
             opaque.append(layer)
     return active, inactive, opaque
 
@@ -211,11 +211,9 @@ def _is_declared(operation):
 
 
 def _is_vouched(operation):
-    return _is_declared(operation) or _is_known(operation)
-
-
-def _is_known(operation):
-    """Whether Keras or KerasHub wrote all code that computes the outputs of `operation`, sublayers apart."""
+    """`is_vouched_for` without sublayers."""
+    if _is_declared(operation):
+        return True
     if type(operation).__name__ in _FOREIGN or "call" in vars(operation):
         return False
     for cls in type(operation).__mro__:
