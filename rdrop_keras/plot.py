@@ -24,9 +24,7 @@ History: TypeAlias = keras.callbacks.History | Mapping[str, Sequence[float]]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vPX*"
 _PANEL_SIZE = (4.2, 2.8)  # Inches.
-_LOG_FROM = (
-    8.0  # Panels that span more than this factor get a logarithmic axis, so that the ends of curves stay legible.
-)
+_LOG_FROM = 8.0  # Panels that span more than this factor get a logarithmic axis: the ends of curves stay legible.
 _NOT_METRICS = ("alpha", "consistency_loss", "loss", "seconds", "task_loss")
 
 

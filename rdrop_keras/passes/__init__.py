@@ -116,11 +116,8 @@ def check_dropout_rates(rates, num_passes):
         rates = rates.tolist()
     received = f"Received: dropout_rates={rates!r}."
     must = "`dropout_rates` must be None or a tuple with a rate for each pass, from 0 to less than 1, not all 0."
-    if not isinstance(rates, (list, tuple)):
+    if not isinstance(rates, (list, tuple)) or not all(map(is_number, rates)):
         raise TypeError(f"{must} {received}")
-    for rate in rates:
-        if not is_number(rate):
-            raise TypeError(f"{must} {received}")
     if len(rates) != num_passes:
         raise ValueError(f"{must} With num_passes={num_passes} it has {len(rates)}. {received}")
     if not all(0 <= rate < 1 for rate in rates) or not any(rates):

@@ -11,6 +11,7 @@ Comes in: a model and `share`; later, batches of N rows. Goes out: marked calls;
 
 import contextlib
 import math
+from typing import Any, NamedTuple
 
 import keras
 from keras import tree
@@ -21,12 +22,11 @@ from rdrop_keras.passes.added_losses import mean_over
 from rdrop_keras.passes.marking import Conversion, LayerCall
 
 
-class _Nested:
+class _Nested(NamedTuple):
     """The calls of a nested model, in the scopes that Keras opens around its call."""
 
-    def __init__(self, model, calls):
-        self.model = model
-        self.calls = calls
+    model: keras.Model
+    calls: list[Any]
 
 
 class PairedGraph:

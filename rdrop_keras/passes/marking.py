@@ -71,10 +71,8 @@ class Conversion(LayerCall):
 def up_to(share, calls):
     """The calls of the layer named `share`, and all calls on which they depend."""
     named = [call for call in calls if not isinstance(call, Conversion)]
-    names = {call.name: call for call in named}
-    for call in named:  # The first part of their names is that of a nested model.
-        parts = call.name.split("/")
-        names.update(("/".join(parts[:i]), call) for i in range(1, len(parts)))
+    parts = [call.name.split("/") for call in named]  # The first are those of nested models.
+    names = dict.fromkeys("/".join(each[:i]) for each in parts for i in range(1, len(each) + 1))
     paths = sorted(name for name in names if name == share or name.endswith(f"/{share}"))
     if share in paths:
         paths = [share]
