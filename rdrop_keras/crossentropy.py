@@ -154,7 +154,7 @@ def _in_place(target, num_passes, logits):
     values = torch.cat([values_of(first) for first in starts], dim=1)
 
     def gradients(upstream):
-        result = torch.empty_like(logits)
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)  # Logits may be transposed.
         of_passes = result.view_as(passes)
         of_targets, of_divergences = _per_pass(upstream.reshape(2, -1, 1), num_passes)
         for first in starts:

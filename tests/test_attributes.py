@@ -191,3 +191,18 @@ def test_layers_of_a_subclass_have_weights():
     zeros = [np.zeros(w.shape, w.dtype) for w in wrapper.weights]
     wrapper.set_weights(zeros)
     assert not keras.ops.convert_to_numpy(wrapper.head.kernel).any()
+
+
+def test_build_config_is_that_of_the_model(tmp_path):
+    """KerasTuner makes its best models anew, builds them from it and loads their weights."""
+
+    def make():
+        return RDropModel(keras.Sequential([layers.Dense(4), layers.Dropout(0.3), layers.Dense(3)]))
+
+    trained, new = make(), make()
+    trained.compile("sgd", LOSS)
+    trained.fit(X, Y, verbose=0)
+    trained.save_weights(tmp_path / "best.weights.h5")
+    new.build_from_config(trained.get_build_config())
+    new.load_weights(tmp_path / "best.weights.h5")
+    np.testing.assert_allclose(new.predict(X, verbose=0), trained.predict(X, verbose=0), rtol=1e-6)

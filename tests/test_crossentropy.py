@@ -203,3 +203,20 @@ def test_bytes_read_and_written(dtype, most, on_processor, monkeypatch):
     size = 4 * 2 * 8 * 16 * 2000
     assert program.cost_analysis()["bytes accessed"] < most * size
     assert program.memory_analysis().temp_size_in_bytes < 1.1 * size
+
+
+def test_logits_whose_memory_is_transposed():
+    """The last layer of many sequence models transposes, as `TimeDistributed` does. PyTorch then moves no memory."""
+    x, y = np.random.RandomState(0).normal(size=(8, 3, 5)).astype("float32"), np.arange(40).reshape(8, 5) % 3
+
+    def weights(*last):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3, 5)), layers.Dropout(0.3, seed=1), layers.Dense(5), *last])
+        model = RDropModel(model, alpha=2.0)
+        model.compile("sgd", losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(x, y, batch_size=8, verbose=0)
+        return model.get_weights()
+
+    copied = layers.Lambda(lambda z: ops.concatenate([z, z], axis=-1)[..., :3] * 1.0)
+    for transposed, expected in zip(weights(layers.Permute((2, 1))), weights(layers.Permute((2, 1)), copied)):
+        np.testing.assert_allclose(transposed, expected, rtol=1e-5, atol=1e-6)

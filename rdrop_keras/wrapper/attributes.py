@@ -101,6 +101,16 @@ class ModelAttributes(keras.Model):
         """Returns a layer of the wrapped model; see `keras.Model.get_layer`."""
         return self.model.get_layer(name, index)
 
+    def get_build_config(self) -> Any:
+        """Returns what the wrapped model can be built from; see `keras.Layer.get_build_config`."""
+        return self.model.get_build_config()
+
+    def build_from_config(self, config: Any) -> None:
+        """Builds the wrapped model; see `keras.Layer.build_from_config`."""
+        if not keras_private.is_built(self.model):
+            self.model.build_from_config(config)
+        self.built = self.model.built
+
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the shape of the wrapped model's output; see `keras.Layer.compute_output_shape`."""
         return self.model.compute_output_shape(*args, **kwargs)
