@@ -281,7 +281,9 @@ def one_run(key, args):
     runs = measure.read_runs(RESULTS)
     measure.write_runs(RESULTS, {**runs, key: {**result, "provenance": measure.provenance(shown)}})
     if kind == "rdrop" and seed == "0":
-        (ROOT / "docs" / "outputs" / f"{name}.txt").write_text(printed, encoding="utf-8")
+        outputs = ROOT / "docs" / "outputs"
+        outputs.mkdir(exist_ok=True)
+        (outputs / f"{name}.txt").write_text(printed, encoding="utf-8")
     shutil.rmtree(work)
     os._exit(0)
 
