@@ -6,7 +6,7 @@ it. Here they share one softmax and one gradient, which is written out in `kl.py
 
 Comes in: targets, and the logits of all passes. Goes out: both values for each element of the batch. Called by:
 `OutputLoss`, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits and the
-divergence is `"kl"`.
+divergence is `"kl"`. With a loss of one's own, `OutputLoss` takes KL alone, which is computed in the same way.
 """
 
 import keras
@@ -20,16 +20,26 @@ def reads_together(loss, divergence, output):
     """Whether `crossentropy_and_kl` computes the same as `loss` and `divergence`, for an `output` `(batch, …)`."""
     if type(loss) not in (keras.losses.CategoricalCrossentropy, keras.losses.SparseCategoricalCrossentropy):
         return False
-    config, rank = loss.get_config(), len(output.shape)
-    axes = {config.get("axis", -1), -1 if divergence.axis is None else divergence.axis}
+    config = loss.get_config()
+    last = (-1, len(output.shape) - 1)
+    return bool(config["from_logits"] and config.get("axis", -1) in last and reads_kl(divergence, output))
+
+
+def reads_kl(divergence, output):
+    """Whether `kl_alone` computes the same as `divergence`, for an `output` `(batch, …)`."""
+    rank = len(output.shape)
     return bool(
-        config["from_logits"]
-        and divergence.name == "kl"
+        divergence.name == "kl"
         and divergence.from_logits
-        and axes <= {-1, rank - 1}
+        and divergence.axis in (None, -1, rank - 1)
         and rank > 1
         and output.shape[-1] != 1
     )
+
+
+def kl_alone(logits, num_passes):
+    """The divergence `"kl"` alone, `(batch, …)`, of logits as for `crossentropy_and_kl`: for losses of one's own."""
+    return _values_of(_NoTargets(), logits, num_passes)[1]
 
 
 def crossentropy_and_kl(loss, y_true, logits, num_passes):
@@ -57,6 +67,11 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
         target = _Probabilities.of(y_true, logits, config["label_smoothing"])
     else:
         target = _Classes.of(y_true, logits, config["ignore_class"])
+    return target.counted(_values_of(target, logits, num_passes))
+
+
+def _values_of(target, logits, num_passes):
+    """The two values, differentiable with respect to `logits`."""
     if _on_torch() and not _is_compiling():
         compute = _in_place
     elif keras.backend.backend() == "tensorflow" and blocks.rows_in_block(logits, num_passes):
@@ -73,7 +88,7 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 
         return values, gradient
 
-    return target.counted(values_of(logits))
+    return values_of(logits)
 
 
 def _at_once(target, num_passes, logits):
@@ -343,6 +358,34 @@ class _Probabilities:
 
     def part(self, first, size):
         return _Probabilities(blocks.rows(self._y, first, size))
+
+
+class _NoTargets:
+    """In place of targets where KL is taken alone: a cross-entropy of 0."""
+
+    def crossentropy(self, logits, rows):
+        return ops.zeros_like(logits[..., 0])
+
+    def times_total(self, amount):
+        return ops.zeros_like(amount)
+
+    def gradient(self, gradient, passes):
+        return ops.cast(gradient.of_probabilities(passes), passes.dtype)
+
+    def in_parts(self, gradient, passes):
+        return [self.gradient(gradient, passes)]
+
+    def joined(self, gradient):
+        return gradient
+
+    def subtract_in_place(self, amount, gradient):
+        return gradient
+
+    def rows(self):
+        return self
+
+    def part(self, first, size):
+        return self
 
 
 def _is_compiling():

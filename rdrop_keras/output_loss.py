@@ -84,7 +84,10 @@ class OutputLoss:
         else:
             passes = tiling.split(y_pred, num_passes)
             task, values, mask = self._task(y_true, passes, sample_weight)
-            divergence = self._divergence_of(passes)
+            if crossentropy.reads_kl(self._divergence, y_pred):
+                divergence = crossentropy.kl_alone(y_pred, num_passes)
+            else:
+                divergence = self._divergence_of(passes)
             # A loss with a `__call__` of its own does not show its values. The weights then show their first axes.
             like = sample_weight if values is None else values
             divergence = divergence if like is None else _in_shape_of(like, divergence, mask, y_true)

@@ -110,6 +110,28 @@ def test_targets_with_an_axis_of_their_own():
         np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.parametrize("in_blocks", [False, True] if keras.backend.backend() != "jax" else [False])
+@pytest.mark.parametrize("m", [2, 3])
+def test_kl_alone(m, in_blocks, monkeypatch):
+    """For losses of one's own: within the model's step, with its gradient, and not through `Divergence`."""
+    if in_blocks:
+        monkeypatch.setattr(blocks, "FEWEST_ELEMENTS", 10)
+        monkeypatch.setattr(blocks, "ELEMENTS", 19)
+    monkeypatch.setattr(Divergence, "__call__", None)
+    passes = np.random.normal(size=(m, 3, 4, 5)).astype("float32")
+    x = keras.Input((4, 1))
+    model = RDropModel(keras.Model(x, Passes(passes)(x)), 0.7, num_passes=m, divergence=Divergence("kl", True))
+    model.compile("sgd", lambda y, z: 0.0 * z[..., 0], jit_compile=False)
+    logs, (slope,) = gradients_of_step(model, np.ones((3, 4, 1), "float32"), np.zeros((3, 4)))
+
+    def divergence(w):
+        return np.mean(reference.mean_over_pairs(reference.kl, w))
+
+    assert logs["consistency_loss"] == pytest.approx(divergence(passes.astype("float64")), rel=1e-5)
+    expected = reference.gradient(lambda w: 0.7 / m * divergence(w), passes)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 class Own(losses.SparseCategoricalCrossentropy):
     """A subclass may compute another loss."""
 
