@@ -12,6 +12,7 @@ import sys
 
 import keras
 from keras.src.backend import AutocastScope, compute_output_spec, get_keras_mask, is_float_dtype, set_keras_mask
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.losses.loss import scale_loss_for_distribution, unscale_loss_for_distribution
 from keras.src.models.functional import Functional, functional_like_constructor, operation_fn, unpack_singleton
@@ -198,6 +199,13 @@ def call_context(layer, training):
     finally:
         context.set_value("training", before)
         layer._maybe_reset_call_context()
+
+
+def is_called_by_another(layer):
+    """Whether `layer`, whose call is running, was called by another layer, or by a program of JAX that trains one."""
+    context = get_global_attribute("current_call_ctx")
+    # Keras's trainer for JAX calls the `call` of the model that it trains, so that this has no context.
+    return context is not None and (context.entry_layer is not layer or in_stateless_scope())
 
 
 def autocast_scope(model):

@@ -206,3 +206,16 @@ def test_build_config_is_that_of_the_model(tmp_path):
     new.build_from_config(trained.get_build_config())
     new.load_weights(tmp_path / "best.weights.h5")
     np.testing.assert_allclose(new.predict(X, verbose=0), trained.predict(X, verbose=0), rtol=1e-6)
+
+
+def test_outer_model_that_trains_a_wrapper_is_warned_of():
+    """Only the wrapper's own steps are R-Drop's. The remedy in the message makes those of the outer model so."""
+    wrapper = RDropModel(functional(), alpha=1.0)
+    outer = keras.Sequential([wrapper, layers.Dense(3)])
+    outer.compile("sgd", LOSS)
+    with pytest.warns(UserWarning, match="must be the outermost model in training: as a layer of another it trains"):
+        outer.fit(X, Y, epochs=1, verbose=0)
+    outer.evaluate(X, Y, verbose=0)
+    model = RDropModel(keras.Sequential([wrapper.model, layers.Dense(3)]), alpha=1.0)
+    model.compile("sgd", LOSS)
+    assert model.fit(X, Y, epochs=1, verbose=0).history["consistency_loss"][0] > 0

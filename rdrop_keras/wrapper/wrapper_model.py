@@ -113,6 +113,14 @@ class WrapperModel(SavedWrapper):
                     "Under `tf.distribute`, `with model.training_step():` belongs into the function that "
                     "`strategy.run` calls on each replica. Received: a step that was begun outside of it."
                 )
+            if training and keras_private.is_called_by_another(self):
+                wrapper = type(self).__name__
+                warnings.warn(
+                    f"A {wrapper} must be the outermost model in training: as a layer of another it trains plainly. "
+                    f"Build that other model from `{self.name}.model`, and wrap it: `{wrapper}(other, ...)`. Received: "
+                    f"{self.name!r}, called by another model that is being trained.",
+                    stacklevel=2,
+                )
             return keras_private.call(self.model, inputs, training)
         if self._as_is:
             return keras_private.call_as_trained(self.model, inputs, training)
