@@ -180,11 +180,11 @@ def seeded():
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_let_go():
-    """Lets go of the programs of a module's tests: JAX maps memory for each, and a process may have 65,530 mappings."""
+    """Lets go of the programs of a module's tests. A process has memory for so many, and JAX so many mappings of it."""
     yield
+    gc.unfreeze()
+    gc.collect()
     if BACKEND == "jax":
         import jax
 
-        gc.unfreeze()
-        gc.collect()
         jax.clear_caches()
