@@ -24,6 +24,7 @@ def tiny():
 
 
 @pytest.mark.slow
+@pytest.mark.backends("tensorflow", "jax")  # PyTorch takes its steps one by one.
 def test_runs_go_on_where_they_stopped(tmp_path):
     path = tmp_path / "runs.json"
     runs = unlabelled.Runs(path, {"command": "a test"})
