@@ -10,6 +10,7 @@ from keras import layers, ops
 
 from tasks import images, sentences, tables
 from tasks.digits import load as load_digits
+from tasks.digits import transformer
 
 PLAIN, LABELLED, ALL = "plain", "R-Drop, labelled rows", "R-Drop, all rows"
 KINDS = (PLAIN, LABELLED, ALL)
@@ -51,25 +52,32 @@ def convolutional(shape, augment, filters, dropout, views):
     return keras.Model(inputs, layers.Dense(10)(layers.Dropout(dropout)(layers.Flatten()(x))))
 
 
-def digits(args):
+def digits_data():
     train, (x, y), test = load_digits(50)  # Of 400, 200 are to choose by; with the next, 600 go without a label.
     data = {"train": train, "validation": (x[:200], y[:200]), "test": (test[0][400:], test[1][400:])}
-    data["unlabelled"] = np.concatenate([x[200:], test[0][:400]])
+    return {**data, "unlabelled": np.concatenate([x[200:], test[0][:400]])}
 
-    def shift(x):
-        return layers.RandomTranslation(1 / 8, 1 / 8, fill_mode="constant")(x)
 
+def shift(x):
+    return layers.RandomTranslation(1 / 8, 1 / 8, fill_mode="constant")(x)
+
+
+def digits(args):
     build = functools.partial(convolutional, (8, 8, 1), shift, (32, 64), 0.2)
-    longer = [Setting(kind, length=3) for kind in KINDS]
-    without_views = Setting(ALL, views=False, length=3), Setting(PLAIN, views=False, length=3)
-    others = Setting(ALL, alpha=1.0, length=3), Setting(ALL, alpha=10.0, length=3), Setting(ALL, share=0.5, length=3)
-    return Task(
-        data,
-        build,
-        num_steps=1000,
-        learning_rates=(1e-3, 3e-3),
-        further=(*longer, *others, *without_views),
-    )
+    longer = tuple(Setting(kind, length=3) for kind in KINDS)
+    return Task(digits_data(), build, num_steps=1000, learning_rates=(1e-3, 3e-3), further=longer)
+
+
+def digits_transformer(args):
+    """The model of the quickstart."""
+
+    def build(views):
+        inputs = keras.Input((8, 8, 1))
+        return keras.Model(inputs, transformer(shift(inputs) if views else inputs, 0.05))
+
+    others = Setting(ALL, alpha=1.0), Setting(ALL, alpha=10.0), Setting(ALL, share=0.5)
+    without_views = Setting(ALL, views=False), Setting(PLAIN, views=False)
+    return Task(digits_data(), build, num_steps=1000, learning_rates=(1e-3, 3e-3), further=(*others, *without_views))
 
 
 def cifar10(args):
@@ -113,4 +121,4 @@ def sst2(args):
     return Task({**data, "train": (x[:100], y[:100]), "unlabelled": x[100:]}, build, num_steps=600)
 
 
-TASKS = {"digits": digits, "sst2": sst2, "cifar10": cifar10}
+TASKS = {"digits": digits, "digits_transformer": digits_transformer, "sst2": sst2, "cifar10": cifar10}
