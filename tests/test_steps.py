@@ -103,9 +103,10 @@ def test_a_batch_that_fails_is_no_step():
     model.compile(keras.optimizers.SGD(0.1), LOSS)
     with pytest.raises(Exception, match="bad row"):
         model.fit(batches(), verbose=0)
-    history = model.fit(X[:8], Y[:8], batch_size=8, epochs=3, verbose=0).history  # Steps 5 to 7.
-    assert np.isnan(history["consistency_loss"]).tolist() == [True, False, True]
-    assert history["alpha"][1] == pytest.approx(6)
+    history = model.fit(X[:8], Y[:8], batch_size=8, epochs=3, verbose=0).history
+    (step,) = np.flatnonzero(~np.isnan(history["consistency_loss"]))
+    assert step in (1, 2)  # These were steps 5 to 7, or 4 to 6: Keras 3.14 on JAX asks for a batch ahead of training.
+    assert history["alpha"][step] == pytest.approx(6)
 
 
 def test_count_goes_on(tmp_path):
