@@ -317,7 +317,17 @@ class _Classes:
         return _Classes(blocks.rows(self._classes, first, size))
 
 
-class _Probabilities:
+class _InOnePart:
+    """Targets at which the gradient is computed as it is beside them; see `_Classes.in_parts`."""
+
+    def in_parts(self, gradient, passes):
+        return [self.gradient(gradient, passes)]
+
+    def joined(self, gradient):
+        return gradient
+
+
+class _Probabilities(_InOnePart):
     """Targets that are probabilities of the classes, of shape `(…, classes)`."""
 
     def __init__(self, y):
@@ -344,12 +354,6 @@ class _Probabilities:
     def gradient(self, gradient, passes):
         return ops.cast(gradient.of_probabilities(passes) - gradient.of_target * self._y, passes.dtype)
 
-    def in_parts(self, gradient, passes):
-        return [self.gradient(gradient, passes)]
-
-    def joined(self, gradient):
-        return gradient
-
     def subtract_in_place(self, amount, gradient):
         return gradient.sub_(amount * self._y)
 
@@ -360,7 +364,7 @@ class _Probabilities:
         return _Probabilities(blocks.rows(self._y, first, size))
 
 
-class _NoTargets:
+class _NoTargets(_InOnePart):
     """In place of targets where KL is taken alone: a cross-entropy of 0."""
 
     def crossentropy(self, logits, rows):
@@ -371,12 +375,6 @@ class _NoTargets:
 
     def gradient(self, gradient, passes):
         return ops.cast(gradient.of_probabilities(passes), passes.dtype)
-
-    def in_parts(self, gradient, passes):
-        return [self.gradient(gradient, passes)]
-
-    def joined(self, gradient):
-        return gradient
 
     def subtract_in_place(self, amount, gradient):
         return gradient

@@ -104,8 +104,9 @@ def test_a_batch_that_fails_is_no_step():
     with pytest.raises(Exception, match="bad row"):
         model.fit(batches(), verbose=0)
     history = model.fit(X[:8], Y[:8], batch_size=8, epochs=3, verbose=0).history
-    (step,) = np.flatnonzero(~np.isnan(history["consistency_loss"]))
-    assert step in (1, 2)  # These were steps 5 to 7, or 4 to 6: Keras 3.14 on JAX asks for a batch ahead of training.
+    # Steps 5 to 7. Keras 3.14 on JAX asks for a batch ahead of training, so that these are 4 to 6.
+    step = 2 if keras.__version__.startswith("3.14.") and keras.backend.backend() == "jax" else 1
+    assert np.flatnonzero(~np.isnan(history["consistency_loss"])).tolist() == [step]
     assert history["alpha"][step] == pytest.approx(6)
 
 

@@ -12,7 +12,7 @@ rows. Called by: the steps and the call of `WrapperModel`, `tf_trainer`, the los
 import contextlib
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 from rdrop_keras.wrapper import random_state, step
 
@@ -35,8 +35,8 @@ def own_masks(model):
             state.assign_sub([shift, ops.zeros_like(shift)])
 
 
-def row_scale(inputs):
-    """The rows of `inputs`, this replica's part of the batch, as a multiple of the mean over replicas.
+def row_scale(tensor):
+    """The rows of `tensor`, of this replica's part of the batch, as a multiple of the mean over replicas.
 
     None on a single replica, and if all replicas have the same number of rows.
     """
@@ -45,7 +45,6 @@ def row_scale(inputs):
         return None
     import tensorflow as tf
 
-    tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
     # In a program, a batch of static size is always full and split evenly. TPUs accept only such batches.
     in_program = not tf.executing_eagerly()
     if isinstance(context.strategy, tf.distribute.TPUStrategy) or (in_program and tensor.shape[0] is not None):

@@ -133,8 +133,9 @@ class WrapperModel(SavedWrapper):
             )
         if not current.called:
             current.called = True
-            current.num_rows = ops.shape(next(leaf for leaf in tree.flatten(inputs) if leaf is not None))[0]
-            current.row_scale = replicas.row_scale(inputs)
+            tensor = next(leaf for leaf in tree.flatten(inputs) if leaf is not None)
+            current.num_rows = ops.shape(tensor)[0]
+            current.row_scale = replicas.row_scale(tensor)
         return self.call_in_training(inputs, training)
 
     @property
