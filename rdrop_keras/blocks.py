@@ -1,7 +1,7 @@
-"""Loops over blocks of rows that stay in a processor's cache, on TensorFlow and PyTorch.
+"""Loops over blocks of rows, on TensorFlow and PyTorch. On a processor the blocks stay in its cache.
 
 Comes in: a tensor, and on TensorFlow a function of a block's number. Goes out: the size of its blocks, and what the
-function computes of all blocks. Called by: `crossentropy.py`.
+function computes of all blocks. Called by: `crossentropy.py` and `kl.py`.
 """
 
 import math
@@ -10,19 +10,24 @@ import keras
 from keras import ops
 
 ELEMENTS = 2**17  # The most in a block. The block fits the cache, together with what is computed of it.
+# On other devices, so that they stay busy and what is computed of a block takes little memory beside the logits.
+ELEMENTS_ON_OTHER_DEVICES = 2**24
 FEWEST_ELEMENTS = 2**13  # With fewer the loop itself takes as long as its work.
 
 
 def rows_in_block(tensor, num_parts):
     """How many rows of each of the `num_parts` equal parts of `tensor` make a block; None where blocks do not help.
 
-    They help on a processor. Other devices are busy only with whole tensors, and under `keras.distribution` a block
-    would lie on one device.
+    On PyTorch the last block may have fewer. On TensorFlow blocks have one size, and help on a processor. Its other
+    devices are busy only with whole tensors, and under `keras.distribution` a block would lie on one device.
     """
     batch, *others, width = tensor.shape
     if width is None:
         return None
     known = math.prod([1 if batch is None else batch // num_parts, *(size for size in others if size is not None)])
+    if keras.backend.backend() == "torch":
+        most = ELEMENTS if on_processor(tensor) else ELEMENTS_ON_OTHER_DEVICES
+        return max(1, min(known, most // max(1, width)))
     most, fewest = min(known, ELEMENTS // width), max(1, math.ceil(FEWEST_ELEMENTS / width))
     size = next((n for n in range(most, fewest - 1, -1) if known % n == 0), None)
     return size if size and on_processor(tensor) else None

@@ -39,6 +39,9 @@ def reads_kl(divergence, output):
 
 def kl_alone(logits, num_passes):
     """The divergence `"kl"` alone, `(batch, …)`, of logits as for `crossentropy_and_kl`: for losses of one's own."""
+    reads_in_place = _on_torch() and not _is_compiling() and num_passes == 2
+    if reads_in_place and blocks.on_processor(logits) and logits.dtype == _wide(logits).dtype:
+        return kl.of_two_passes(logits)
     return _values_of(_NoTargets(), logits, num_passes)[1]
 
 
@@ -79,16 +82,7 @@ def _values_of(target, logits, num_passes):
     else:
         compute = _at_once
 
-    @ops.custom_gradient
-    def values_of(logits):
-        values, gradients = compute(target, num_passes, logits)
-
-        def gradient(*args, upstream=None):
-            return gradients(args[0] if upstream is None else upstream)  # PyTorch gives it by name, after the logits.
-
-        return values, gradient
-
-    return values_of(logits)
+    return kl.differentiable(lambda logits: compute(target, num_passes, logits), logits)
 
 
 def _at_once(target, num_passes, logits):
@@ -146,7 +140,7 @@ def _in_place(target, num_passes, logits):
     passes = logits.reshape(num_passes, -1, logits.shape[-1])
     rows = target.rows()
     num_rows = max(1, passes.shape[1])  # A batch without rows is one block too.
-    size = blocks.rows_in_block(logits, num_passes) or num_rows
+    size = blocks.rows_in_block(logits, num_passes)
     starts = range(0, num_rows, size)
 
     def block_of(first):

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from rdrop_keras import blocks
+
 # In place of −inf: finite, so that a class that is impossible in every pass differs by 0 and not by NaN.
 MINUS_INFINITY = -1e30
 
@@ -74,17 +76,65 @@ def gradient(logits, rows):
 def of_logits(logits, axis=-1):
     """D, differentiable."""
 
-    @ops.custom_gradient
     def divergence(logits):
         value, rows = read(logits, axis)
+        return value, lambda upstream: ops.expand_dims(upstream, axis) * gradient(logits, rows)
 
-        def gradients(*args, upstream=None):
-            upstream = args[0] if upstream is None else upstream  # PyTorch gives it by name, after the logits.
-            return ops.expand_dims(upstream, axis) * gradient(logits, rows)
+    return differentiable(divergence, logits)
 
-        return value, gradients
 
-    return divergence(logits)
+def of_two_passes(logits):
+    """D, differentiable, of logits `(2N, …, classes)` on PyTorch, where a processor computes them.
+
+    With d = z_1 − z_2,
+
+        D = ½ ⟨(P_1 − P_2) d⟩                 2 ∂D/∂z_1 = P_1 (d − ⟨P_1 d⟩) + P_1 − P_2
+
+    and z_2's gradient has the other signs. For D, the mean of ⟨P_1 d⟩ and ⟨P_2 d⟩ is taken from d first, so that no
+    digits are lost. The gradient is computed together with D, in blocks of rows, and is kept: another softmax would
+    take longer.
+    """
+    import torch
+
+    size = blocks.rows_in_block(logits, 2)
+    passes = logits.detach().reshape(2, -1, logits.shape[-1])
+
+    def values_and_gradients():
+        values, gradients = passes.new_empty(passes.shape[1]), torch.empty_like(passes)
+        for first in range(0, len(values), size):
+            z, result = (tensor[:, first : first + size] for tensor in (passes, gradients))
+            p = torch.softmax(z, -1)
+            # Infinite differences become finite. A class that is impossible in both passes differs by 0.
+            difference = (z[0] - z[1]).nan_to_num_(0.0, -MINUS_INFINITY, MINUS_INFINITY)
+            means = torch.linalg.vecdot(p, difference.unsqueeze(0)).unsqueeze(-1)
+            of_p = p[0] - p[1]
+            values[first : first + size] = torch.linalg.vecdot(of_p, difference - means.mean(0)).mul_(0.5)
+            torch.addcmul(of_p, p[0], difference - means[0], out=result[0])
+            torch.addcmul(of_p.neg_(), p[1], torch.sub(means[1], difference, out=difference), out=result[1])
+        return values.clamp_min_(0.0).reshape(-1, *logits.shape[1:-1]), gradients
+
+    def divergence(logits):
+        values, *unscaled = values_and_gradients()
+
+        def gradient(upstream):  # In place, so that a second call has to compute what it scales.
+            gradients = unscaled.pop() if unscaled else values_and_gradients()[1]
+            return gradients.mul_((0.5 * upstream).reshape(-1, 1)).reshape(logits.shape)
+
+        return values, gradient
+
+    return differentiable(divergence, logits)
+
+
+def differentiable(compute, logits):
+    """What `compute(logits)` returns first; second it returns the function of the gradient from what is upstream."""
+
+    @ops.custom_gradient
+    def value(logits):
+        result, gradient = compute(logits)
+        # PyTorch gives what is upstream by name, after the logits.
+        return result, lambda *args, upstream=None: gradient(args[0] if upstream is None else upstream)
+
+    return value(logits)
 
 
 def _sums(tensors, axis):

@@ -132,6 +132,41 @@ def test_kl_alone(m, in_blocks, monkeypatch):
     np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+def test_kl_alone_keeps_digits():
+    """With passes that hardly differ, beside a large offset, and with a class that cannot be."""
+    first = np.random.normal(size=(8, 50), scale=2.0)
+    passes = np.stack([first, first + 1e-2 * np.random.normal(size=first.shape)])
+    for offset, impossible in itertools.product([0.0, 1e4], [False, True]):
+        logits = (passes + offset).astype("float32")
+        expected = reference.mean_over_pairs(reference.kl, logits.astype("float64"))
+        if impossible:
+            logits = np.concatenate([logits, np.full((2, 8, 1), -np.inf, "float32")], axis=-1)
+        values = crossentropy.kl_alone(ops.convert_to_tensor(np.concatenate(logits)), 2)
+        np.testing.assert_allclose(ops.convert_to_numpy(values), expected, rtol=1e-3)
+
+
+@pytest.mark.backends("torch")
+def test_blocks_on_other_devices():
+    """They take little memory beside the logits of a language model, and all rows where there are few classes."""
+    import torch
+
+    rows = blocks.rows_in_block(torch.empty(2 * 16, 128, 50257, device="meta"), 2)
+    assert 0.9 * blocks.ELEMENTS_ON_OTHER_DEVICES < rows * 50257 <= blocks.ELEMENTS_ON_OTHER_DEVICES
+    assert blocks.rows_in_block(torch.empty(2 * 16, 10, device="meta"), 2) == 16
+
+
+@pytest.mark.backends("torch")
+def test_kl_alone_is_differentiated_twice_over():
+    """The gradient that is computed with the values is scaled in place, and once only."""
+    import torch
+
+    logits = torch.randn(4, 3, 5, device="cpu", requires_grad=True)
+    divergence = crossentropy.kl_alone(logits, 2).sum()
+    first, second = (torch.autograd.grad(divergence, logits, retain_graph=True)[0] for _ in range(2))
+    assert first.abs().max() > 0.01
+    torch.testing.assert_close(second, first)
+
+
 class Own(losses.SparseCategoricalCrossentropy):
     """A subclass may compute another loss."""
 
