@@ -12,7 +12,7 @@ divergence is `"kl"`. With a loss of one's own, `OutputLoss` takes KL alone, whi
 import keras
 from keras import ops
 
-from rdrop_keras import blocks, kl
+from rdrop_keras import blocks, keras_private, kl
 from rdrop_keras.passes import tiling
 
 
@@ -43,6 +43,24 @@ def kl_alone(logits, num_passes):
     if reads_in_place and blocks.on_processor(logits) and logits.dtype == _wide(logits).dtype:
         return kl.of_two_passes(logits)
     return _values_of(_NoTargets(), logits, num_passes)[1]
+
+
+def with_gradient_written_once(logits):
+    """`logits`, for a loss of one's own. On JAX, XLA writes their gradient to memory before it is used.
+
+    Otherwise it would compute all of it once for each of the products that come next, on a processor. See
+    `_Classes.joined`.
+    """
+    if keras.backend.backend() != "jax" or not blocks.on_processor(logits):
+        return logits
+    import jax.numpy as jnp
+
+    def written(gradient):
+        first = jnp.zeros((*gradient.shape[:-1], 1), "int32")
+        return jnp.put_along_axis(gradient, first, gradient[..., :1], axis=-1, inplace=False)
+
+    result = kl.differentiable(lambda logits: (logits, written), logits)
+    return keras_private.copy_annotations([logits], result, lambda attached: attached[0])
 
 
 def crossentropy_and_kl(loss, y_true, logits, num_passes):

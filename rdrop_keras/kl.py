@@ -153,7 +153,8 @@ def _from_mean(passes):
     if passes.shape[0] == 2:
         return 0.5 * (passes - ops.flip(passes, axis=0))
     passes = passes - passes[:1]  # The mean is then rounded as a difference is, not as the large passes are.
-    return passes - ops.mean(passes, axis=0, keepdims=True)
+    # As a sum of slices, so that XLA need not write down what it takes the mean of.
+    return passes - sum(passes[i : i + 1] for i in range(passes.shape[0])) / passes.shape[0]
 
 
 def _each_from_mean(passes):

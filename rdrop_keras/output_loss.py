@@ -82,12 +82,11 @@ class OutputLoss:
             task, consistency = _reduced(self._reduction, values, mask, sample_weight)
             task = ops.cast(task, self.loss.dtype)
         else:
+            reads_kl = crossentropy.reads_kl(self._divergence, y_pred)
+            y_pred = crossentropy.with_gradient_written_once(y_pred) if reads_kl else y_pred
             passes = tiling.split(y_pred, num_passes)
             task, values, mask = self._task(y_true, passes, sample_weight)
-            if crossentropy.reads_kl(self._divergence, y_pred):
-                divergence = crossentropy.kl_alone(y_pred, num_passes)
-            else:
-                divergence = self._divergence_of(passes)
+            divergence = crossentropy.kl_alone(y_pred, num_passes) if reads_kl else self._divergence_of(passes)
             # A loss with a `__call__` of its own does not show its values. The weights then show their first axes.
             like = sample_weight if values is None else values
             divergence = divergence if like is None else _in_shape_of(like, divergence, mask, y_true)

@@ -240,26 +240,52 @@ def test_an_unknown_number_of_classes(kind):
     np.testing.assert_allclose(gradient, reference.gradient(total, passes).reshape(6, 5), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.backends("jax")  # There XLA tells its count.
-@pytest.mark.parametrize("on_processor", [True, False])
-@pytest.mark.parametrize("dtype, most", [("float32", 14), ("bfloat16", 12)])
-def test_bytes_read_and_written(dtype, most, on_processor, monkeypatch):
-    """XLA's own count for loss and gradient, in float32 tensors as large as the logits, and what is alive at once."""
+def counted_by_xla(function, *shapes):
+    """XLA's own count of bytes read and written for the function and its gradients, and of those alive at once."""
     import jax
 
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    program = jax.jit(jax.value_and_grad(function, range(len(shapes)))).lower(*arguments).compile()
+    return program.cost_analysis()["bytes accessed"], program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.backends("jax")  # There XLA tells its count.
+@pytest.mark.parametrize(
+    "kind, m, on_processor", [("sparse", 2, True), ("sparse", 2, False), ("sparse", 3, False), ("dense", 2, False)]
+)
+@pytest.mark.parametrize("dtype, most", [("float32", 14), ("bfloat16", 12)])
+def test_bytes_read_and_written(dtype, most, kind, m, on_processor, monkeypatch):
+    """For loss and gradient, in float32 tensors as large as the logits."""
     monkeypatch.setattr(blocks, "on_processor", lambda tensor: on_processor)
-    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
     y = np.random.randint(0, 2000, size=(8, 16))
+    loss, y = {
+        "sparse": (losses.SparseCategoricalCrossentropy(from_logits=True), y),
+        "dense": (losses.CategoricalCrossentropy(from_logits=True), np.eye(2000, dtype="float32")[y]),
+    }[kind]
 
     def objective(logits):
-        values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), logits, 2)
+        values = crossentropy.crossentropy_and_kl(loss, ops.convert_to_tensor(y), logits, m)
         return ops.mean(values[0]) + 0.5 * ops.mean(values[1])
 
-    logits = jax.ShapeDtypeStruct((2 * 8, 16, 2000), dtype)
-    program = jax.jit(jax.value_and_grad(objective)).lower(logits).compile()
+    accessed, alive = counted_by_xla(objective, ((m * 8, 16, 2000), dtype))
+    size = 4 * m * 8 * 16 * 2000
+    assert accessed < most * size
+    assert alive < 1.1 * size
+
+
+@pytest.mark.backends("jax")
+def test_gradient_of_a_loss_of_ones_own_is_written_once():
+    """The products that come next read it, and do not compute it again."""
+
+    def objective(x, w):
+        logits = crossentropy.with_gradient_written_once(x @ w)
+        task = sum(ops.mean(ops.log_softmax(each)[..., 0]) for each in ops.split(logits, 2))
+        return task + ops.mean(crossentropy.kl_alone(logits, 2))
+
+    accessed, alive = counted_by_xla(objective, ((16, 16, 32), "float32"), ((32, 2000), "float32"))
     size = 4 * 2 * 8 * 16 * 2000
-    assert program.cost_analysis()["bytes accessed"] < most * size
-    assert program.memory_analysis().temp_size_in_bytes < 1.1 * size
+    assert accessed < 28 * size  # 31 and 5.5 if they compute it.
+    assert alive < 5 * size
 
 
 def test_logits_whose_memory_is_transposed():
