@@ -141,10 +141,21 @@ CASES = {
     "lm": (lm, 16, "GPT-2 of 2 layers, 256 wide, 64 tokens, vocabulary 16,000"),
     "tiny": (tiny, 32, "two dense layers of 16 and 10 units"),
     "lm_64k": (functools.partial(lm, vocabulary=64_000), 16, "the same GPT-2, vocabulary 64,000"),
+    "lm_own_loss": (lm, 16, "GPT-2 with vocabulary 16,000, and a cross-entropy of one's own"),
     "vit_b16": (vit_b16, 64, "ViT-B/16 224×224"),
     "bert_base": (bert_base, 64, "BERT-base, 128 tokens"),
     "decoder": (decoder, 16, "GPT-2 of 12 layers, 768 wide, 128 tokens, vocabulary 50,257"),
 }
+
+
+def smoothed(y_true, y_pred):
+    """Cross-entropy with smoothed labels of classes, which Keras does not have."""
+    logs = ops.log_softmax(y_pred)
+    chosen = ops.take_along_axis(logs, ops.expand_dims(ops.cast(y_true, "int32"), -1), axis=-1)
+    return -(0.9 * ops.squeeze(chosen, -1) + 0.1 * ops.mean(logs, axis=-1))
+
+
+OWN_LOSSES = {"lm_own_loss": smoothed}
 
 
 def bert4keras(y_true, y_pred):
@@ -195,10 +206,13 @@ def plain(model):
     return keras.Model(model.inputs, model.outputs) if hasattr(model, "preprocess_samples") else model
 
 
-def variants(make, rows, options=False):
-    """`{name: function that makes a function that trains}` for a case's `make` and a batch of `rows`."""
+def variants(case, rows=None, options=False):
+    """`{name: function that makes a function that trains}` for a case and a batch of `rows`."""
+    make, its_rows, _ = CASES[case]
+    rows = rows or its_rows
+    loss_of_case = OWN_LOSSES.get(case, CROSSENTROPY)
 
-    def fitted(wrap=lambda model: model, loss=CROSSENTROPY, repeats=1, times=1, accumulated=None):
+    def fitted(wrap=lambda model: model, loss=loss_of_case, repeats=1, times=1, accumulated=None):
         keras.utils.set_random_seed(0)
         model, data, _ = make()
         model = wrap(plain(model))
@@ -213,7 +227,8 @@ def variants(make, rows, options=False):
         return in_loop(model, *data(rows))
 
     def rdrop(share="deterministic", **options):
-        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, share=share, **options)
+        divergence = rdrop_keras.Divergence("kl", from_logits=True)  # As it is by default, but for losses of one's own.
+        return lambda model: rdrop_keras.RDropModel(model, alpha=ALPHA, divergence=divergence, share=share, **options)
 
     yardsticks = {
         "plain": fitted,
@@ -229,10 +244,10 @@ def variants(make, rows, options=False):
         # In the memory of plain training.
         options["half the rows, one of two steps"] = functools.partial(fitted, rdrop(), times=0.5, accumulated=2)
         return yardsticks | options
+    by_hand = {"two calls": looped, "bert4keras": functools.partial(fitted, loss=bert4keras, repeats=2)}
     result = {
         **yardsticks,
-        "two calls": looped,
-        "bert4keras": functools.partial(fitted, loss=bert4keras, repeats=2),
+        **({} if case in OWN_LOSSES else by_hand),
         "RDropModel, share='nothing'": functools.partial(fitted, rdrop("nothing")),
         "RDropModel": functools.partial(fitted, rdrop("deterministic")),
     }
@@ -287,8 +302,7 @@ def memory(args, case, variant):
 
 def own_memory(args):
     case, variant = args.memory_of
-    make, rows, _ = CASES[case]
-    run = variants(make, args.batch_size or rows, args.options)[variant]()
+    run = variants(case, args.batch_size, args.options)[variant]()
     for _ in range(MEMORY_STEPS):
         run(1)
     if keras.backend.backend() == "jax":
@@ -313,9 +327,12 @@ def ratios(rows, name, base):
 
 
 def timed(args, case):
-    make, batch_size, title = CASES[case]
+    _, batch_size, title = CASES[case]
     batch_size = args.batch_size or batch_size
-    measured = time_variants(variants(make, batch_size, args.options), args.rounds, args.firsts)
+    chosen = {
+        name: variant for name, variant in variants(case, batch_size, args.options).items() if name not in args.without
+    }
+    measured = time_variants(chosen, args.rounds, args.firsts)
     rows = {}
     for name, row in measured.items():
         over_plain = ratios(measured, name, "plain")
@@ -350,6 +367,9 @@ def parse_arguments():
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}; by default the first six")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--firsts", type=int, default=3, help="models of each variant whose first step is timed")
+    parser.add_argument(
+        "--without", type=lambda names: names.split(";"), default=[], metavar="VARIANT;…", help="variants to leave out"
+    )
     parser.add_argument("--batch-size", type=int, help="rows of a plain step; by default that of the case")
     parser.add_argument("--dtype", help="a Keras dtype policy; by default float32")
     parser.add_argument("--gpu", action="store_true", help="by default the last three cases, in mixed_bfloat16")
