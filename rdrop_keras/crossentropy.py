@@ -6,7 +6,7 @@ it. Here they share one softmax and one gradient, which is written out in `kl.py
 
 Comes in: targets, and the logits of all passes. Goes out: both values for each element of the batch. Called by:
 `OutputLoss`, where the compiled loss is Keras's categorical or sparse categorical cross-entropy from logits and the
-divergence is `"kl"`. With a loss of one's own, `OutputLoss` takes KL alone, which is computed in the same way.
+divergence is `"kl"`. With a loss of one's own, `OutputLoss` takes KL alone.
 """
 
 import keras
