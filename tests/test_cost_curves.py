@@ -10,6 +10,7 @@ pytestmark = pytest.mark.needs("keras_hub")
 
 
 @pytest.mark.slow
+@pytest.mark.backends("jax")  # What differs between backends is in `step_time.py`.
 def test_measures_and_draws(tmp_path, monkeypatch, capsys):
     sizes = {"rows": (2, 4), "length": (4,), "classes": (10,), "passes": (2, 3)}
     monkeypatch.setattr(cost_curves, "SIZES", sizes)

@@ -157,6 +157,7 @@ LARGE = [mobilenet, efficientnet, resnet]
 def cases(*makes, slow=()):
     """Parameters of a test. Those with models of KerasHub are marked as needing it."""
     marks = {make: [pytest.mark.needs("keras_hub")] for make in makes if make in (bert, vit, bart, resnet)}
+    marks[efficientnet] = [pytest.mark.backends("tensorflow", "torch")]  # JAX compiles it for a minute.
     return [pytest.param(make, marks=marks.get(make, []) + [pytest.mark.slow] * (make in slow)) for make in makes]
 
 

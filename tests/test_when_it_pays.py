@@ -60,6 +60,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.backends("jax")  # The benchmark's own.
 def test_runs_and_goes_on(run, tmp_path, capsys):
     results = run("--seeds", 1)
     variants = ["plain", "R-Drop", "R-Drop from ½", "R-Drop from ¾", "KLBudget"]
