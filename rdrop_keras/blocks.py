@@ -72,7 +72,7 @@ def side_by_side(compute, num_blocks, num_values, dtype):
     import tensorflow as tf
 
     numbers = tf.range(num_blocks)
-    of_blocks = tf.map_fn(compute, numbers, fn_output_signature=dtype, parallel_iterations=1)
+    of_blocks = tf.map_fn(compute, numbers, fn_output_signature=dtype)
     return tf.reshape(tf.transpose(of_blocks, (1, 0, 2)), (num_values, -1))
 
 
@@ -89,5 +89,5 @@ def filled(compute, num_blocks, size, like):
         return i + 1, result
 
     result = tf.TensorArray(like.dtype, num_parts * num_blocks, element_shape=(size, width))
-    _, result = tf.while_loop(lambda i, _: i < num_blocks, fill, (0, result), parallel_iterations=1)
+    _, result = tf.while_loop(lambda i, _: i < num_blocks, fill, (0, result))
     return tf.reshape(result.stack(), tf.shape(like))
