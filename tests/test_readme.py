@@ -87,6 +87,9 @@ def test_docstrings(name):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
+VARIANTS = ("plain", "plain, 2N rows", "RDropModel")
+
+
 @pytest.mark.parametrize("backend", ["TensorFlow", "JAX", "PyTorch"])
 def test_step_times_are_those_measured(backend):
     path = ROOT / "benchmarks" / "results" / f"step_time_{backend.lower().removeprefix('py')}.json"
@@ -98,3 +101,16 @@ def test_step_times_are_those_measured(backend):
         cells = [cell.strip() for cell in row.strip("| ").split("|")][1:]
         measured = [case["variants"].get(name) for case in cases.values()]
         assert [f"{m['ratio']:.2f}" if m else "" for m in measured][: len(cells)] == cells
+
+
+@pytest.mark.parametrize("backend", ["TensorFlow", "JAX", "PyTorch"])
+def test_steps_of_language_models_are_those_measured(backend):
+    for cores in (1, 2):
+        name = f"step_time_gpt2_{backend.lower().removeprefix('py')}_{cores}core{'s' * (cores > 1)}.json"
+        cases = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))["cases"].values()
+        ratios = [f"{case['variants']['RDropModel']['ratio_to_2N']:.2f}" for case in cases]
+        assert f"\n| {backend} | {cores} | {' | '.join(ratios)} |\n" in PAGES["sharing.md"]
+        if cores == 1:
+            for case in cases:
+                peaks = " | ".join(f"{case['variants'][name]['peak_MiB']:,}" for name in VARIANTS)
+                assert f" | {peaks} | " in PAGES["sharing.md"]
