@@ -39,8 +39,8 @@ def reads_kl(divergence, output):
 
 def kl_alone(logits, num_passes):
     """The divergence `"kl"` alone, `(batch, …)`, of logits as for `crossentropy_and_kl`: for losses of one's own."""
-    reads_in_place = _on_torch() and not _is_compiling() and num_passes == 2
-    if reads_in_place and blocks.on_processor(logits) and logits.dtype == _wide(logits).dtype:
+    is_wide = keras.backend.standardize_dtype(logits.dtype) == _wide_dtype(logits)
+    if _writes_each_result() and num_passes == 2 and is_wide and blocks.on_processor(logits):
         return kl.of_two_passes(logits)
     return _values_of(_NoTargets(), logits, num_passes)[1]
 
@@ -93,7 +93,7 @@ def crossentropy_and_kl(loss, y_true, logits, num_passes):
 
 def _values_of(target, logits, num_passes):
     """The two values, differentiable with respect to `logits`."""
-    if _on_torch() and not _is_compiling():
+    if _writes_each_result():
         compute = _in_place
     elif keras.backend.backend() == "tensorflow" and blocks.rows_in_block(logits, num_passes):
         compute = _in_blocks
@@ -398,11 +398,16 @@ class _NoTargets(_InOnePart):
         return self
 
 
-def _is_compiling():
-    """Whether `torch.compile` is tracing. It fuses operations itself, and would unroll a loop."""
+def _writes_each_result():
+    """Whether each operation writes its result to memory, as on PyTorch.
+
+    `torch.compile` fuses operations itself while it is tracing, and would unroll a loop.
+    """
+    if not _on_torch():
+        return False
     import torch
 
-    return torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling()
 
 
 def _on_torch():
